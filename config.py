@@ -26,13 +26,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str  # problems for RL: "countdown:train", or a .jsonl file of {problem, answer}
+    train: str  # problems for RL: "countdown:train", "reasoning_gym:TASK", or a .jsonl, .json, .csv or .parquet file (data/files.py)
     train_size: int  # how many of them to use, drawn by seed; 0 = all (a file) (ours)
-    eval: str  # held-out problems: "countdown:heldout", "countdown:search", or a .jsonl file
+    eval: str  # held-out problems: "countdown:heldout", "countdown:search", "reasoning_gym:TASK:heldout", or such a file
     eval_size: int  # how many of them, the same for every seed; 0 = all (a file) (ours)
     demonstrations: str  # for method "sft": "countdown:demonstrations", or a .jsonl file of {problem, response}
     num_demonstrations: int  # how many of them, drawn by seed; 0 = all (a file) (ours)
     prompt: str  # template around {problem}
+    chat_template: bool  # put it into the checkpoint's own chat template, as the user's message
     countdown_numbers: int  # Countdown: how many numbers a problem has
     countdown_max: int  # Countdown: numbers are drawn from 1..this (targets from 1..99)
 

@@ -9,16 +9,22 @@ Shapes: B rows, T tokens, V vocabulary, D width, F MLP width, H query heads, K k
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+COPIED_FILES = (  # besides weights and config, what transformers and vLLM want in a directory
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +54,22 @@ class TransformerConfig:
         if name not in ARCHITECTURES:
             raise ValueError(f"{where}: architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
         family = ARCHITECTURES[name]
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         for key, value, supported in (
             ("rope_type", rope_type, ("default", "llama3")),
             ("hidden_act", hf.get("hidden_act", "silu"), ("silu",)),
-            ("use_sliding_window", hf.get("use_sliding_window", False), (False,)),
-            ("mlp_bias", hf.get("mlp_bias", False), (False,)),
+            ("partial_rotary_factor", rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0, (1.0,)),
+            ("use_sliding_window", hf.get("use_sliding_window") or False, (False,)),
+            ("layer_types", sorted(set(hf.get("layer_types") or ["full_attention"])), (["full_attention"],)),
+            ("mlp_bias", hf.get("mlp_bias") or False, (False,)),
+            ("quantization_config", hf.get("quantization_config"), (None,)),
         ):
             if value not in supported:
                 raise ValueError(f"{where}: {key} = {value!r} is not supported; supported: {', '.join(map(repr, supported))}")
         try:
             num_heads = hf["num_attention_heads"]
-            bias = hf.get("attention_bias", False)
+            bias = hf.get("attention_bias") or False
             return cls(
                 vocab_size=hf["vocab_size"],
                 hidden_size=hf["hidden_size"],
@@ -71,8 +80,8 @@ class TransformerConfig:
                 head_dim=hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // num_heads),
                 norm_eps=hf.get("rms_norm_eps", 1e-6),
                 rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-                rope_scaling=rope if rope_type == "llama3" else None,
-                tie_embeddings=hf.get("tie_word_embeddings", False),
+                rope_scaling={key: float(rope[key]) for key in LLAMA3_ROPE} if rope_type == "llama3" else None,
+                tie_embeddings=hf.get("tie_word_embeddings") or False,
                 qkv_bias=family == "qwen2" or bias,
                 o_bias=family != "qwen2" and bias,
                 qk_norm=family == "qwen3",
@@ -208,6 +217,7 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # recomputed, never saved: half-precision weights must not round the angles
         self._rope_freq: Tensor | None = None
+        self.source: Path | None = None  # the directory that it came from: save_pretrained copies the tokenizer from there
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Full causal forward of right-padded ids: padding cannot reach the tokens to its left, so no mask is needed."""
@@ -250,71 +260,131 @@ class Transformer(nn.Module):
     @classmethod
     def from_config(cls, path: str | Path, seed: int) -> "Transformer":
         """A randomly initialised float32 model with the architecture of a Hugging Face directory."""
-        model = cls(_read_config(Path(path)))
+        path = Path(path)
+        model = cls(_read_config(path))
         model.init_weights(seed)
+        model.source = path
         return model
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "Transformer":
         """Load a Hugging Face directory (one safetensors file, or shards with their index).
 
-        Raises ValueError that names the file and the tensor: unsupported architecture, missing, unexpected or misshapen tensors.
+        Weights of the same dtype stay memory-mapped, a page being copied when it is written; others are converted one at a time.
+        Raises ValueError that names the file and the tensor: unsupported architecture, missing, unexpected or misshapen tensors, a broken
+        or missing file.
         """
         path = Path(path)
         with torch.device("meta"):
             model = cls(_read_config(path))
-        wanted = dict(model.named_parameters())
+        parameters, head, embedding = dict(model.named_parameters()), "lm_head.weight", "model.embed_tokens.weight"
+        wanted = {head: parameters[embedding]} | parameters  # a tied head may be in the file all the same
         state = {}
         for file in _weight_files(path):
-            with safe_open(file, framework="pt") as tensors:
+            with _open_weights(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (a safe_open is no dictionary)
-                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_embeddings):
+                    if name.endswith("rotary_emb.inv_freq"):
                         continue
                     if name not in wanted:
                         raise ValueError(f"{file}: unexpected tensor {name!r} for {type(model).__name__} of {path / 'config.json'}")
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    if shape != tuple(wanted[name].shape):
-                        raise ValueError(f"{file}: tensor {name!r} has shape {shape}, expected {tuple(wanted[name].shape)}")
-                    state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype)
-        missing = [name for name in wanted if name not in state]
+                    tensor = tensors.get_tensor(name)
+                    if tensor.shape != wanted[name].shape:
+                        raise ValueError(f"{file}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
+                    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                        raise ValueError(f"{file}: tensor {name!r} is {tensor.dtype}, expected float32, bfloat16 or float16")
+                    state[name] = tensor.to(device=device, dtype=dtype)
+        missing = [name for name in parameters if name not in state]
         if missing:
             raise ValueError(f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}")
+        if head not in parameters and not torch.equal(state.pop(head, state[embedding]), state[embedding]):
+            raise ValueError(f"{path}: {head!r} differs from {embedding!r}, but config.json says tie_word_embeddings = true")
         model.load_state_dict(state, assign=True)
+        model.source = path
         return model.requires_grad_(True)
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors (renamed into place) so that transformers and vLLM load the directory."""
+    def save_pretrained(self, path: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write a directory that transformers and vLLM load as it is, with the tokenizer of the directory that the model came from.
+
+        More than max_shard_bytes of weights become shards with an index, as transformers writes them. Every file is written beside its
+        place and then renamed; the weight files of an earlier save under other names are removed last.
+        """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
+        state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in self.state_dict().items()}  # torch.compile's prefix
+        written = _write_weights(path, state, max_shard_bytes)
+        for name in COPIED_FILES:
+            if self.source is not None and (self.source / name).exists():
+                shutil.copyfile(self.source / name, path / f"{name}.tmp")
+                written.append(name)
         dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        hf = {k: v for k, v in self.config.hf_config.items() if k != "torch_dtype"} | {"dtype": dtype}
-        temporary = path / "model.safetensors.tmp"
-        save_file(state, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path / "model.safetensors")
-        temporary = path / "config.json.tmp"
-        temporary.write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path / "config.json")
+        keys = {"dtype", "torch_dtype"} & self.config.hf_config.keys() or {"dtype"}  # transformers 4 wrote torch_dtype, 5 reads both
+        _write_json(path / "config.json.tmp", self.config.hf_config | dict.fromkeys(keys, dtype))
+        for name in [*written, "config.json"]:
+            shutil.copymode(path / "config.json.tmp", path / f"{name}.tmp")  # safetensors' files are for their writer alone
+            os.replace(path / f"{name}.tmp", path / name)
+        for pattern in ("model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"):
+            for file in path.glob(pattern):
+                if file.name not in written:
+                    file.unlink()
+
+
+def _write_weights(path: Path, state: dict[str, Tensor], max_bytes: int) -> list[str]:
+    """Write NAME.tmp for every weight file, one shard at a time in memory, and for the index; returns the names."""
+    shards, size = [[]], 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    written, weight_map = [], {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: state[name].contiguous().cpu() for name in names}, path / f"{file}.tmp", metadata={"format": "pt"})
+        written.append(file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total_size = sum(tensor.nbytes for tensor in state.values())
+        written.append("model.safetensors.index.json")
+        _write_json(path / f"{written[-1]}.tmp", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    return written
 
 
 def _read_config(path: Path) -> TransformerConfig:
     file = path / "config.json"
+    if not file.exists():
+        raise ValueError(f"{file}: not found; expected a Hugging Face model directory")
+    return TransformerConfig.from_hf(_read_json(file), str(file))
+
+
+def _read_json(file: Path) -> dict:
     try:
-        return TransformerConfig.from_hf(json.loads(file.read_text(encoding="utf-8")), str(file))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: not found; expected a Hugging Face model directory") from None
-    except json.JSONDecodeError as error:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
+
+
+def _write_json(file: Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [path / name for name in names]
-    else:
-        files = [path / "model.safetensors"]
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"{file}: not found; expected the weights as safetensors")
-    return files
+    if not index.exists():
+        file, unsafe = path / "model.safetensors", sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+        if unsafe and not file.exists():
+            raise ValueError(f"{unsafe[0]}: a pickle can run a stranger's code and is not loaded; convert the checkpoint to safetensors")
+        return [file]
+    weight_map = _read_json(index).get("weight_map")
+    if not weight_map:
+        raise ValueError(f"{index}: has no 'weight_map'")
+    return [path / name for name in sorted(set(weight_map.values()))]
+
+
+def _open_weights(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{file}: not found; expected the weights as safetensors") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: cannot be read as safetensors: {error}") from None

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config, config_from_command_line
-from data import Problem, load_demonstrations, load_problems
+from data import Problem, check_overlap, load_demonstrations, load_problems
 from data.tokenizer import Tokenizer
 from model import Transformer
 from rundir import RunDir, describe_step
@@ -248,8 +248,14 @@ def seed_of(*path: int) -> int:
 # ------------------------------------------------------------------------------------------------------------------ explore
 
 
-def encode_prompt(tokenizer: Tokenizer, question: str, cfg: Config) -> list[int]:
-    return tokenizer.encode(cfg.data.prompt.replace("{problem}", question))
+def encode_prompt(tokenizer: Tokenizer, question: str, cfg: Config, context: tuple[tuple[str, str], ...] = ()) -> list[int]:
+    """Token ids of data.prompt around the question, behind the (role, content) messages of its context: as a conversation in the
+    checkpoint's chat template, or as plain text."""
+    question = cfg.data.prompt.replace("{problem}", question)
+    if cfg.data.chat_template:
+        messages = [{"role": role, "content": content} for role, content in (*context, ("user", question))]
+        return tokenizer.encode(tokenizer.render_chat(messages))
+    return tokenizer.encode("\n\n".join([*(content for _, content in context), question]), add_special_tokens=True)
 
 
 def respond(
@@ -257,7 +263,7 @@ def respond(
 ) -> tuple[list[list[Trajectory]], dict[str, float]]:
     """Sample responses to the problems and score them 0/1. Returns trajectories [problem][sample] and the seconds each part took."""
     start = time.perf_counter()
-    prompts = [encode_prompt(tokenizer, p.prompt, cfg) for p in problems]
+    prompts = [encode_prompt(tokenizer, p.prompt, cfg, p.context) for p in problems]
     limits = {"max_new_tokens": cfg.sampling.max_new_tokens, "stop_ids": tokenizer.stop_ids, "max_rows": cfg.compute.max_rows}
     completions = sample(policy, prompts, seed=seed, **limits, **sampling)
     sampled = time.perf_counter()
@@ -559,7 +565,9 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
     heldout = load_problems(cfg.data.eval, size=cfg.data.eval_size, seed=0, **options)
     if cfg.method in ("eval", "sft"):
         return [], heldout
-    return load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed, **options), heldout
+    problems = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed, **options)
+    check_overlap(problems, heldout, cfg.data.train, cfg.data.eval)
+    return problems, heldout
 
 
 def run_method(cfg: Config) -> None:

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from config import Config, config_dict, differing_keys
 
 MAX_CHECKPOINTS = 2
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 
 
 @dataclass
@@ -92,14 +91,9 @@ class RunDir:
         with file.open(encoding="utf-8") as stream:
             return [json.loads(line) for line in stream]
 
-    def save_policy(self, policy: nn.Module, name: str) -> Path:
+    def save_policy(self, policy: nn.Module, name: str) -> None:
         """Export the policy with its tokenizer as a Hugging Face directory RUN/policies/NAME."""
-        target = self.path / "policies" / name
-        policy.save_pretrained(target)
-        for file in TOKENIZER_FILES:
-            if (Path(self.cfg.model.path) / file).exists():
-                shutil.copyfile(Path(self.cfg.model.path) / file, target / file)
-        return target
+        policy.save_pretrained(self.path / "policies" / name)
 
     # ---- checkpoints
 

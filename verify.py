@@ -1,7 +1,8 @@
 """Strings in, verdict out: what a response answers, and whether that is right.
 
-verify(problem, response) chooses by problem.kind: "countdown" (each number used exactly once makes the target) or "math" (equal to the
-gold answer, equality.py). Text is only ever parsed by code of this project: no eval, exec, sympify or parse_expr.
+verify(problem, response) chooses by problem.kind: "countdown" (each number used exactly once makes the target), "math" (equal to the
+gold answer, equality.py) or "gym" (the scorer of a reasoning-gym task, data/gym.py, in a worker process). For the first two, text is only
+ever parsed by code of this project: no eval, exec, sympify or parse_expr.
 """
 
 import atexit
@@ -22,7 +23,8 @@ from fractions import Fraction
 import equality
 from latex import NotMath, TooHard
 
-MAX_WORKERS = 8
+MAX_WORKERS = min(8, os.cpu_count() or 1)
+GYM_START_S = 30.0  # a worker process that first imports reasoning-gym gets so much more time
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Verdict:
 
 
 def verify(problem, response: str, timeout_s: float = 5.0) -> Verdict:
-    """The verdict by problem.kind: "countdown" reads problem.numbers and problem.target, "math" reads problem.answer."""
+    """The verdict by problem.kind: "countdown" reads problem.numbers and .target, "math" .answer and .tolerance, "gym" .task and .entry."""
     return verify_many([problem], [response], timeout_s)[0]
 
 
@@ -41,13 +43,13 @@ def verify_many(problems: Sequence, responses: Sequence[str], timeout_s: float =
     """One verdict for each (problem, response), in order.
 
     What the bounded code here decides (all of Countdown, nearly all of mathematics: well below a millisecond each) is decided in this
-    process; what needs sympy goes to up to num_workers worker processes at once, timeout_s for each.
+    process; sympy and the scorers of reasoning-gym run in up to num_workers worker processes at once, timeout_s for each.
     """
     verdicts = [_verify_here(problem, response) for problem, response in zip(problems, responses, strict=True)]
     undecided = [i for i, verdict in enumerate(verdicts) if verdict.reason == "undecided"]
     if undecided:
         with ThreadPoolExecutor(max(1, min(num_workers, len(undecided)))) as pool:
-            reasons = pool.map(lambda i: _ask_worker(problems[i].answer, verdicts[i].answer, timeout_s), undecided)
+            reasons = pool.map(lambda i: _verify_in_worker(problems[i], verdicts[i].answer, timeout_s), undecided)
             for i, reason in zip(undecided, reasons, strict=True):
                 verdicts[i] = Verdict(reason == "correct", reason, verdicts[i].answer)
     return verdicts
@@ -56,13 +58,25 @@ def verify_many(problems: Sequence, responses: Sequence[str], timeout_s: float =
 def _verify_here(problem, response: str) -> Verdict:
     if problem.kind == "countdown":
         return verify_countdown(response, problem.numbers, problem.target)
+    if problem.kind == "gym":
+        return Verdict(False, "undecided" if response.strip() else "no_answer", response)
     if problem.kind != "math":
-        raise ValueError(f"problem {problem.id!r}: kind {problem.kind!r} has no verifier; expected 'countdown' or 'math'")
+        raise ValueError(f"problem {problem.id!r}: kind {problem.kind!r} has no verifier; expected 'countdown', 'math' or 'gym'")
     answer = extract_answer(response)
     if answer is None:
         return Verdict(False, "no_answer")
     reason = _compare(problem.answer, answer)
     return Verdict(reason == "correct", reason, answer)
+
+
+def _verify_in_worker(problem, answer: str, timeout_s: float) -> str:
+    if problem.kind == "math":
+        return ask_worker("compare", [problem.answer, answer], timeout_s) or "timeout"
+    # what is marked as the answer, or else the whole response, or else its final answer in words
+    marked = extract_tagged(answer) or extract_boxed(answer)
+    candidates = [marked] if marked else dict.fromkeys([answer.strip(), extract_answer(answer) or ""])
+    score = ask_worker("score", [problem.task, *problem.entry, list(candidates)], timeout_s, start_s=GYM_START_S)
+    return "timeout" if score is None else "correct" if score == 1.0 else "wrong"
 
 
 # ---- extraction ----
@@ -245,7 +259,7 @@ def answers_match(gold: str, answer: str, timeout_s: float = 5.0) -> Verdict:
     An unparsable gold is never a reward."""
     reason = _compare(gold, answer)
     if reason == "undecided":
-        reason = _ask_worker(gold, answer, timeout_s)
+        reason = ask_worker("compare", [gold, answer], timeout_s) or "timeout"
     return Verdict(reason == "correct", reason, answer)
 
 
@@ -416,7 +430,7 @@ class _Derivation:
         return Fraction(value) / other if isinstance(value, Fraction) or isinstance(other, Fraction) or value % other else value // other
 
 
-# ---- worker processes: only what sympy must decide ----
+# ---- worker processes: what sympy must decide, and reasoning-gym ----
 
 WORKER_MEMORY = 2 * 1024**3  # bytes of address space
 
@@ -426,18 +440,21 @@ class _Worker:
 
     def __init__(self):
         command = [sys.executable, os.path.abspath(__file__), "--worker"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+        environment = os.environ | {"PYTHONHASHSEED": "0"}  # some tasks of reasoning-gym depend on the order of sets
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0, env=environment)
         self.owner = os.getpid()
         self.ready = False
+        self.warm: set[str] = set()  # functions that it has answered
 
-    def ask(self, gold: str, answer: str, timeout_s: float) -> str | None:
-        """The reason, or None at the deadline."""
+    def ask(self, function: str, arguments: list, timeout_s: float) -> str | None:
+        """The answer, or None at the deadline."""
         deadline = time.monotonic() + timeout_s
         if not self.ready:
             if self._line(deadline) is None:
                 return None
             self.ready = True
-        self.process.stdin.write(json.dumps([gold, answer, timeout_s]).encode() + b"\n")
+        self.process.stdin.write(json.dumps([function, arguments, timeout_s]).encode() + b"\n")
         self.process.stdin.flush()
         return self._line(deadline)
 
@@ -450,7 +467,7 @@ class _Worker:
         line = self.process.stdout.readline()  # the child writes whole lines
         if not line:
             raise EOFError
-        return line.decode().strip()
+        return line.decode()
 
     def kill(self) -> None:
         self.process.kill()
@@ -463,23 +480,31 @@ _idle: list[_Worker] = []
 _workers_lock = threading.Lock()
 
 
-def _ask_worker(gold: str, answer: str, timeout_s: float) -> str:
-    """The reason that a worker process gives, "timeout" when it does not in time. Safe to call from threads."""
+def ask_worker(function: str, arguments: list, timeout_s: float, start_s: float = 0.0):
+    """What a worker process answers: function is a key of _serve's table, arguments and answer are JSON. None when it does not answer in
+    timeout_s (start_s longer from a process that has not answered yet). Safe to call from threads. Raises ValueError that the function
+    raised."""
     with _workers_lock:
         while _idle and _idle[-1].owner != os.getpid():  # inherited through a fork: the parent's
             _idle.pop()
         worker = _idle.pop() if _idle else _Worker()
     try:
-        reason = worker.ask(gold, answer, timeout_s)
+        line = worker.ask(function, arguments, timeout_s + (0.0 if function in worker.warm else start_s))
     except (EOFError, BrokenPipeError):  # out of memory, or killed from outside
         worker.kill()
-        return "timeout"
-    if reason is None and worker.ready:
+        return None
+    if line is None and worker.ready:
         worker.kill()
         worker = _Worker()  # starts while the caller goes on
     with _workers_lock:
         _idle.append(worker)
-    return reason or "timeout"
+    if line is None:
+        return None
+    worker.warm.add(function)
+    answer, error = json.loads(line)
+    if error is not None:
+        raise ValueError(error)
+    return answer
 
 
 @atexit.register
@@ -492,7 +517,8 @@ def _stop_workers() -> None:
 
 
 def _serve() -> None:
-    """The worker process: reads [gold, answer, timeout_s] lines, writes one reason for each; dies at the deadline even when orphaned."""
+    """The worker process: reads [function, arguments, timeout_s] lines, writes [answer, error] lines; dies at the deadline even when
+    orphaned."""
     import resource
     import signal
 
@@ -501,16 +527,26 @@ def _serve() -> None:
     equality.symbolic_equality = _sympy_equality
     import sympy  # noqa: F401  before the first deadline
 
-    print("ready", flush=True)
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a scorer prints is no answer
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        gold, answer, timeout_s = json.loads(line)
+        function, arguments, timeout_s = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, timeout_s + 1)
-        try:
-            reason = _compare(gold, answer)
-        except Exception:  # sympy raises anything; the verdict is then that equality was not shown
-            reason = "wrong"
+        answer, error = None, None
+        if function == "compare":
+            try:
+                answer = _compare(*arguments)
+            except Exception:  # sympy raises anything; the verdict is then that equality was not shown
+                answer = "wrong"
+        else:
+            from data import gym
+
+            try:
+                answer = {"score": gym.score, "entries": gym.entries}[function](*arguments)
+            except ValueError as exception:
+                error = str(exception)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(reason, flush=True)
+        print(json.dumps([answer, error]), file=answers, flush=True)
 
 
 def _sympy_equality(gold: tuple, answer: tuple) -> bool:

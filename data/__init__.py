@@ -1,18 +1,20 @@
 """Problems and demonstrations: what the policy is asked, and which verifier judges it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data import countdown
-from verify import check_gold
+from data import countdown, files
+from verify import answers_match, ask_worker, check_gold
+
+GYM_GENERATION_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One question. kind says which verifier judges it: "countdown" (numbers, target) or "math" (answer)."""
+    """One question. kind says which verifier judges it, and by which fields: "countdown" (numbers, target), "math" (answer, tolerance) or
+    "gym" (task, entry)."""
 
     id: str
     prompt: str  # the question's text, before the prompt template
@@ -20,28 +22,65 @@ class Problem:
     kind: str
     numbers: tuple[int, ...] = ()
     target: int = 0
+    tolerance: float = 0.0  # absolute
+    task: str = ""  # reasoning-gym's task with its options
+    entry: tuple[int, ...] = ()  # seed and index of its entry
+    context: tuple[tuple[str, str], ...] = ()  # (role, content) of the messages before the question
 
 
 def load_problems(source: str, *, size: int = 0, seed: int = 0, countdown_numbers: int = 3, countdown_max: int = 20) -> list[Problem]:
-    """Problems of a source, the same for the same arguments.
+    """Problems of a source, the same for the same arguments, each question once (what is left out is printed).
 
-    source: "countdown:train", "countdown:heldout" or "countdown:search" (generated; no numbers are shared between these), or the path of
-    a .jsonl file with one {"problem": ..., "answer": ...} a line ("question" is an alias). size: how many, drawn by seed; 0 = the whole
-    file.
-    Raises ValueError naming file and line of a broken record, an unknown source, or a size that the source cannot give.
+    source: "countdown:train", "countdown:heldout", "countdown:search" (generated); "reasoning_gym:TASK" or "reasoning_gym:TASK:heldout"
+    (the package's generators; options of the task may follow, "?max_terms=3&max_digits=2"); or the path of a .jsonl, .json, .csv or .parquet file in
+    one of the formats of data/files.py. Generated splits share no question. size: how many, drawn by seed; 0 = the whole file.
+    Raises ValueError naming the file, place and field of a broken record, an unreadable gold answer, an unknown source, or a size that
+    the source cannot give.
     """
     if source.startswith("countdown:"):
         games = countdown.generate_games(
             source.removeprefix("countdown:"), size=size, seed=seed, num_numbers=countdown_numbers, max_number=countdown_max
         )
         return [_countdown_problem(numbers, target) for numbers, target in games]
+    if source.startswith("reasoning_gym:"):
+        return _gym_problems(source, size, seed)
     problems: dict[str, Problem] = {}
-    for record, where in _read_jsonl(source):
-        problem = _math_problem(record, where)
-        if problem.id in problems:
-            raise ValueError(f"{where}: id {problem.id!r} stands in the file twice")
-        problems[problem.id] = problem
-    return _subset(list(problems.values()), size, seed, source)
+    num_records, contradicted = 0, {}
+    for record, where in files.read_records(source):
+        num_records += 1
+        problem = _problem(record, where)
+        first = problems.setdefault(question_key(problem), problem)
+        if first is problem:
+            if problem.kind == "math":
+                _check_gold(problem, where)
+        elif first.answer != problem.answer and not answers_match(first.answer, problem.answer).correct:
+            contradicted[question_key(problem)] = where
+    if num_records > len(problems) or contradicted:
+        print(f"{source}: {num_records} records, {len(problems)} different questions; the repetitions are left out")
+    if contradicted:
+        where = next(iter(contradicted.values()))
+        print(f"{source}: {len(contradicted)} questions are left out, as their answers contradict each other (first: {where})")
+    kept = [problem for key, problem in problems.items() if key not in contradicted]
+    _check_ids(kept, source)
+    return _subset(kept, size, seed, source)
+
+
+def question_key(problem: Problem) -> str:
+    """What makes two questions the same: their text without white space, or of Countdown the numbers in any order and the target."""
+    if problem.kind == "countdown":
+        return f"countdown:{sorted(problem.numbers)}->{problem.target}"
+    return "".join(problem.prompt.split())
+
+
+def check_overlap(train: list[Problem], heldout: list[Problem], train_source: str, heldout_source: str) -> None:
+    """Raises ValueError when a held-out question is among the training questions."""
+    trained = {question_key(problem): problem.id for problem in train}
+    shared = [problem for problem in heldout if question_key(problem) in trained]
+    if shared:
+        raise ValueError(
+            f"data: {len(shared)} of the {len(heldout)} questions of data.eval = {heldout_source!r} are among those of data.train = "
+            f"{train_source!r}, first {shared[0].id!r} ({shared[0].prompt[:60]!r})"
+        )
 
 
 def load_demonstrations(
@@ -53,7 +92,9 @@ def load_demonstrations(
             source.removeprefix("countdown:"), size=size, seed=seed, num_numbers=countdown_numbers, max_number=countdown_max
         )
         return [(countdown.question(numbers, target), response) for numbers, target, response in demos]
-    pairs = [(_text(record, ("problem", "question"), where), _text(record, ("response",), where)) for record, where in _read_jsonl(source)]
+    pairs = [
+        (files.question(record, where)[0], files.text_of(record, ("response",), where)) for record, where in files.read_records(source)
+    ]
     return _subset(pairs, size, seed, source)
 
 
@@ -68,52 +109,54 @@ def _countdown_problem(numbers: tuple[int, ...], target: int) -> Problem:
     )
 
 
-def _math_problem(record: dict, where: str) -> Problem:
-    answer = _text(record, ("answer",), where)
+def _gym_problems(source: str, size: int, seed: int) -> list[Problem]:
+    name, _, options = source.removeprefix("reasoning_gym:").partition("?")
+    name, _, split = name.partition(":")
+    if split not in ("", "heldout"):
+        raise ValueError(f"data source {source!r}: expected reasoning_gym:TASK or reasoning_gym:TASK:heldout, and then ?option=value")
+    task = f"{name}?{options}" if options else name
+    if size < 1:
+        raise ValueError(f"data source {source!r}: its problems are generated, so their number must be given (got {size})")
+    entries = ask_worker("entries", [task, size, seed, split or "train"], GYM_GENERATION_S)
+    if entries is None:
+        raise ValueError(f"data source {source!r}: {size} entries were not generated within {GYM_GENERATION_S:.0f} s")
+    return [
+        Problem(id=f"{name}:{seed}:{index}", prompt=question, answer=answer, kind="gym", task=task, entry=(seed, index))
+        for index, question, answer in entries
+    ]
+
+
+def _problem(record: dict, where: str) -> Problem:
+    if "nums" in record and "target" in record:  # Countdown-Tasks-3to4
+        try:
+            return _countdown_problem(tuple(map(int, record["nums"])), int(record["target"]))
+        except (TypeError, ValueError):
+            shown = f"nums = {record['nums']!r}, target = {record['target']!r}"
+            raise ValueError(f"{where}: expected a list of integers and an integer, got {shown}") from None
+    prompt, context = files.question(record, where)
+    answer, tolerance = files.gold_answer(record, where)
+    id_ = next((record[name] for name in files.ID_FIELDS if record.get(name) is not None), Path(where).name)
+    return Problem(id=str(id_), prompt=prompt, context=context, answer=answer, tolerance=tolerance, kind="math")
+
+
+def _check_gold(problem: Problem, where: str) -> None:
     try:
-        check_gold(answer)
+        check_gold(problem.answer)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return Problem(id=str(record.get("id", where)), prompt=_text(record, ("problem", "question"), where), answer=answer, kind="math")
 
 
-def _read_jsonl(path: str) -> list[tuple[dict, str]]:
-    """Records of a .jsonl file with their place, "file:line"."""
-    if not path.endswith(".jsonl"):
-        raise ValueError(f"data source {path!r}: expected countdown:train, countdown:heldout, countdown:search or a .jsonl file")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise ValueError(f"data source {path}: not found") from None
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: expected an object, got {line.strip()[:60]!r}")
-        records.append((record, f"{path}:{number}"))
-    if not records:
-        raise ValueError(f"data source {path}: holds no records")
-    return records
-
-
-def _text(record: dict, names: tuple[str, ...], where: str) -> str:
-    for name in names:
-        value = record.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)
-        if isinstance(value, str) and value.strip():
-            return value
-    raise ValueError(f"{where}: has no {' / '.join(map(repr, names))}; its fields are {', '.join(map(repr, record)) or 'none'}")
+def _check_ids(problems: list[Problem], source: str) -> None:
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.id in seen:
+            raise ValueError(f"data source {source}: two different questions have the id {problem.id!r}")
+        seen.add(problem.id)
 
 
 def _subset(items: list, size: int, seed: int, source: str) -> list:
     if size > len(items):
-        raise ValueError(f"data source {source}: {size} records wanted, it holds {len(items)}")
+        raise ValueError(f"data source {source}: {size} problems wanted, it holds {len(items)}")
     if size == 0:
         return items
     return [items[i] for i in np.random.default_rng(seed).permutation(len(items))[:size]]

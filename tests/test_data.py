@@ -122,7 +122,7 @@ def test_jsonl_problems(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"problem": "1+1?", "answer": "2", "id": "a"}\n\n{"question": "2+2?", "answer": 4}\n', encoding="utf-8")
     problems = load_problems(str(file))
-    assert [(p.id, p.prompt, p.answer, p.kind) for p in problems] == [("a", "1+1?", "2", "math"), (f"{file}:3", "2+2?", "4", "math")]
+    assert [(p.id, p.prompt, p.answer, p.kind) for p in problems] == [("a", "1+1?", "2", "math"), ("p.jsonl:3", "2+2?", "4", "math")]
     assert len(load_problems(str(file), size=1, seed=5)) == 1
     with pytest.raises(ValueError, match="3 records wanted, it holds 2"):
         load_problems(str(file), size=3)

@@ -560,6 +560,22 @@ def _percent(node: tuple) -> tuple | None:
     return node[1] if node[0] == "pct" else None
 
 
+def within(gold: str, answer: str, tolerance: float) -> bool:
+    """Is the answer a number at most tolerance away from gold, in gold's unit (of the gold 4.2%, in percent)?"""
+    start_budget()
+    try:
+        nodes = [read(text) for text in (gold, answer)]
+        (gold_value, gold_unit, gold_factor), (value, unit, factor) = (_quantity((_named(node)[1] or [node])[-1]) for node in nodes)
+        if gold_unit and unit and gold_unit != unit:
+            return False
+        if _percent(gold_value) is not None:
+            gold_value, value = _percent(gold_value), _percent(value) or value
+        far = complex(Evaluation({}).value(value)) * float(factor / gold_factor if unit and gold_unit else 1)
+        return abs(far - complex(Evaluation({}).value(gold_value))) <= tolerance * (1 + 1e-9)
+    except (ArithmeticError, ValueError, RecursionError):  # Undefined, TooHard, NotMath, and what mpmath raises
+        return False
+
+
 def _letters_as_unit(node: tuple) -> tuple[tuple, tuple, Fraction] | None:
     """5m/s, read as variables, as 5 of a unit."""
     if node[0] != "mul":

@@ -65,7 +65,7 @@ def _verify_here(problem, response: str) -> Verdict:
     answer = extract_answer(response)
     if answer is None:
         return Verdict(False, "no_answer")
-    reason = _compare(problem.answer, answer)
+    reason = _compare(problem.answer, answer, problem.tolerance)
     return Verdict(reason == "correct", reason, answer)
 
 
@@ -243,21 +243,22 @@ def _formulas(text: str) -> list[tuple[str, int, int]]:
 # ---- mathematics ----
 
 
-def verify_math(response: str, gold: str, timeout_s: float = 5.0) -> Verdict:
-    """Does the response's final answer equal gold?"""
+def verify_math(response: str, gold: str, timeout_s: float = 5.0, *, tolerance: float = 0.0) -> Verdict:
+    """Does the response's final answer equal gold, or differ from it by an absolute tolerance at most?"""
     answer = extract_answer(response)
-    return Verdict(False, "no_answer") if answer is None else answers_match(gold, answer, timeout_s)
+    return Verdict(False, "no_answer") if answer is None else answers_match(gold, answer, timeout_s, tolerance=tolerance)
 
 
-def _compare(gold: str, answer: str) -> str:
-    return equality.compare(extract_boxed(gold) or gold, extract_boxed(answer) or answer)
+def _compare(gold: str, answer: str, tolerance: float = 0.0) -> str:
+    gold, answer = extract_boxed(gold) or gold, extract_boxed(answer) or answer
+    return "correct" if tolerance and equality.within(gold, answer, tolerance) else equality.compare(gold, answer)
 
 
-def answers_match(gold: str, answer: str, timeout_s: float = 5.0) -> Verdict:
+def answers_match(gold: str, answer: str, timeout_s: float = 5.0, *, tolerance: float = 0.0) -> Verdict:
     """Is the answer equal to gold? In this order: the same tree; exact numbers; structure (tuple, set, interval, list, matrix, equation,
     inequality, units); equal numbers at random points; sympy, for integrals and infinite series, in a worker that is killed at timeout_s.
-    An unparsable gold is never a reward."""
-    reason = _compare(gold, answer)
+    Before all that, a number within an absolute tolerance of gold, if there is one. An unparsable gold is never a reward."""
+    reason = _compare(gold, answer, tolerance)
     if reason == "undecided":
         reason = ask_worker("compare", [gold, answer], timeout_s) or "timeout"
     return Verdict(reason == "correct", reason, answer)

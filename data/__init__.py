@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data import countdown, files
-from verify import answers_match, ask_worker, check_gold
+from verify import answers_match, ask_worker
 
 GYM_GENERATION_S = 600.0
 
@@ -32,8 +32,9 @@ def load_problems(source: str, *, size: int = 0, seed: int = 0, countdown_number
     """Problems of a source, the same for the same arguments, each question once (what is left out is printed).
 
     source: "countdown:train", "countdown:heldout", "countdown:search" (generated); "reasoning_gym:TASK" or "reasoning_gym:TASK:heldout"
-    (the package's generators; options of the task may follow, "?max_terms=3&max_digits=2"); or the path of a .jsonl, .json, .csv or .parquet file in
-    one of the formats of data/files.py. Generated splits share no question. size: how many, drawn by seed; 0 = the whole file.
+    (the package's generators; options of the task may follow, "?max_terms=3&max_digits=2"); or the path of a .jsonl, .json, .csv or
+    .parquet file in one of the formats of data/files.py. Generated splits share no question. size: how many, drawn by seed; 0 = the
+    whole file.
     Raises ValueError naming the file, place and field of a broken record, an unreadable gold answer, an unknown source, or a size that
     the source cannot give.
     """
@@ -45,24 +46,23 @@ def load_problems(source: str, *, size: int = 0, seed: int = 0, countdown_number
     if source.startswith("reasoning_gym:"):
         return _gym_problems(source, size, seed)
     problems: dict[str, Problem] = {}
+    ids: dict[str, str] = {}
     num_records, contradicted = 0, {}
     for record, where in files.read_records(source):
         num_records += 1
         problem = _problem(record, where)
-        first = problems.setdefault(question_key(problem), problem)
-        if first is problem:
-            if problem.kind == "math":
-                _check_gold(problem, where)
-        elif first.answer != problem.answer and not answers_match(first.answer, problem.answer).correct:
-            contradicted[question_key(problem)] = where
-    if num_records > len(problems) or contradicted:
+        key = question_key(problem)
+        first = problems.setdefault(key, problem)
+        if ids.setdefault(first.id, key) != key:
+            raise ValueError(f"{where}: id {first.id!r} stands in the file twice, for different questions")
+        if first.answer != problem.answer and not answers_match(first.answer, problem.answer).correct:
+            contradicted[key] = where
+    if num_records > len(problems):
         print(f"{source}: {num_records} records, {len(problems)} different questions; the repetitions are left out")
     if contradicted:
-        where = next(iter(contradicted.values()))
-        print(f"{source}: {len(contradicted)} questions are left out, as their answers contradict each other (first: {where})")
-    kept = [problem for key, problem in problems.items() if key not in contradicted]
-    _check_ids(kept, source)
-    return _subset(kept, size, seed, source)
+        first_place = next(iter(contradicted.values()))
+        print(f"{source}: {len(contradicted)} questions are left out whose answers contradict each other, first at {first_place}")
+    return _subset([problem for key, problem in problems.items() if key not in contradicted], size, seed, source)
 
 
 def question_key(problem: Problem) -> str:
@@ -137,21 +137,6 @@ def _problem(record: dict, where: str) -> Problem:
     answer, tolerance = files.gold_answer(record, where)
     id_ = next((record[name] for name in files.ID_FIELDS if record.get(name) is not None), Path(where).name)
     return Problem(id=str(id_), prompt=prompt, context=context, answer=answer, tolerance=tolerance, kind="math")
-
-
-def _check_gold(problem: Problem, where: str) -> None:
-    try:
-        check_gold(problem.answer)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _check_ids(problems: list[Problem], source: str) -> None:
-    seen: set[str] = set()
-    for problem in problems:
-        if problem.id in seen:
-            raise ValueError(f"data source {source}: two different questions have the id {problem.id!r}")
-        seen.add(problem.id)
 
 
 def _subset(items: list, size: int, seed: int, source: str) -> list:

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from verify import extract_boxed
+from verify import check_gold, extract_boxed
 
 QUESTION_FIELDS = ("problem", "question", "prompt", "Problem", "Question")
-ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "ground_truth", "Answer")
+ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "ground_truth", "reward_model.ground_truth", "Answer")
 ID_FIELDS = ("id", "unique_id")
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -26,16 +26,16 @@ def read_records(path: str) -> Iterator[tuple[dict, str]]:
         raise ValueError(f"data source {path!r}: expected countdown:SPLIT, reasoning_gym:TASK or a file ending in {', '.join(EXTENSIONS)}")
     if not Path(path).is_file():
         raise ValueError(f"data source {path}: not found")
-    number = 0
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    record = None
     try:
-        for number, (record, where) in enumerate(readers[Path(path).suffix](path), start=1):
+        for record, where in readers[Path(path).suffix](path):
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: expected an object, got {str(record)[:60]!r}")
             yield record, where
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from None
-    if number == 0:
+    if record is None:
         raise ValueError(f"data source {path}: holds no records")
 
 
@@ -110,28 +110,31 @@ def question(record: dict, where: str) -> tuple[str, tuple[tuple[str, str], ...]
 def gold_answer(record: dict, where: str) -> tuple[str, float]:
     """The gold answer's text and its absolute tolerance.
 
-    From reward_model.ground_truth (verl); or an answer field: behind `####` (GSM8K), several joined by commas, with the record's unit
-    (OlympiadBench); or else the last \\boxed of the solution (MATH, Minerva).
+    From reward_model.ground_truth (verl); or an answer field: what stands behind `####` (GSM8K), or a list, with the record's unit
+    (OlympiadBench); or else the last \\boxed of the solution (MATH, Minerva). Raises ValueError when it cannot be read as an answer:
+    nothing could ever be right.
     """
     judge = record.get("reward_model")
     if isinstance(judge, dict):
-        record = {"answer": judge.get("ground_truth")}
-    if not any(record.get(name) not in (None, "", []) for name in ANSWER_FIELDS) and "solution" in record:
-        boxed = extract_boxed(text_of(record, ("solution",), where))
-        if boxed is None:
-            raise ValueError(
-                f"{where}: field 'solution' has no \\boxed answer, and there is no field {' / '.join(map(repr, ANSWER_FIELDS))}"
-            )
-        return boxed, 0.0
+        record = {"reward_model.ground_truth": judge.get("ground_truth")}
     name = next((name for name in ANSWER_FIELDS if record.get(name) not in (None, "", [])), None)
-    if isinstance(record.get(name), list):
-        record = record | {name: ", ".join(text_of({name: item}, (name,), where) for item in record[name])}
-    text = text_of(record, ANSWER_FIELDS, where)
+    if name is None and "solution" in record:
+        name, text = "solution", extract_boxed(text_of(record, ("solution",), where))
+        if text is None:
+            raise ValueError(f"{where}: has no 'answer', and its field 'solution' no \\boxed{{}}")
+    elif isinstance(record.get(name), list):
+        text = ", ".join(text_of({name: item}, (name,), where) for item in record[name])
+    else:
+        text = text_of(record, ANSWER_FIELDS, where)
     if "####" in text:
         text = text.rpartition("####")[2].strip()
     unit = record.get("unit")
     if isinstance(unit, str) and unit.strip() and "," not in text:
         text = f"{text.strip().strip('$')} {unit.strip().strip('$')}"
+    try:
+        check_gold(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: field {name!r}: {error}") from None
     return text, _tolerance(record.get("error"), where)
 
 

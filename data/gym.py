@@ -77,7 +77,7 @@ def _value(text: str):
 # ---- some scorers hand the answer to eval, or to sympy's parse_expr, which does. What they get to evaluate is plain arithmetic and lists.
 
 _judged = ""  # the answer that a scorer is looking at
-_MATHS = set("sin cos tan sec csc cot asin acos atan sinh cosh tanh log ln exp sqrt abs Abs".split())
+_MATHS = re.compile("a?(sin|cos|tan)h?|sec|csc|cot|log|ln|exp|sqrt|[aA]bs")
 _ATTRIBUTE = re.compile(r"__|[\\#@`;{}]|\.\s*[^\W\d]")
 _CALL = re.compile(r"(\w+|\S)?\s*\(")  # and what stands before the parenthesis
 
@@ -85,7 +85,7 @@ _CALL = re.compile(r"(\w+|\S)?\s*\(")  # and what stands before the parenthesis
 def is_plain(text: str) -> bool:
     """No attribute, no call but of a function of mathematics, and nothing from which either could be made."""
     callers = (found[1] or "(" for found in _CALL.finditer(text))
-    return not _ATTRIBUTE.search(text) and all(caller in _MATHS or caller in "+-*/(,[=<>^|&~%" for caller in callers)
+    return not _ATTRIBUTE.search(text) and all(_MATHS.fullmatch(caller) or caller in "+-*/(,[=<>^|&~%" for caller in callers)
 
 
 def _guard(event: str, arguments: tuple) -> None:

@@ -3,13 +3,16 @@
 import itertools
 import json
 import re
+import time
 from fractions import Fraction
 
+import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
-from data import countdown, load_demonstrations, load_problems
+from data import check_overlap, countdown, load_demonstrations, load_problems
 from data.tokenizer import Tokenizer
+from verify import verify, verify_many
 
 BASE = ROOT / "data" / "countdown_base"
 SPLITS = ("train", "heldout", "search", "demonstrations")
@@ -124,7 +127,7 @@ def test_jsonl_problems(tmp_path):
     problems = load_problems(str(file))
     assert [(p.id, p.prompt, p.answer, p.kind) for p in problems] == [("a", "1+1?", "2", "math"), ("p.jsonl:3", "2+2?", "4", "math")]
     assert len(load_problems(str(file), size=1, seed=5)) == 1
-    with pytest.raises(ValueError, match="3 records wanted, it holds 2"):
+    with pytest.raises(ValueError, match="3 problems wanted, it holds 2"):
         load_problems(str(file), size=3)
 
 
@@ -137,7 +140,7 @@ def test_jsonl_problems(tmp_path):
         ('{"problem": "x"}', "p.jsonl:2: has no 'answer'"),
         ('{"problem": " ", "answer": "1"}', "p.jsonl:2: has no 'problem'"),
         ('{"problem": "x", "answer": null}', "p.jsonl:2: has no 'answer'"),
-        ('{"problem": "x", "answer": "\\\\frac{1}{"}', "p.jsonl:2: "),
+        ('{"problem": "x", "answer": "\\\\frac{1}{"}', "p.jsonl:2: field 'answer': gold answer"),
     ],
 )
 def test_broken_line_names_file_and_line(tmp_path, line, message):
@@ -148,13 +151,225 @@ def test_broken_line_names_file_and_line(tmp_path, line, message):
         load_problems(str(file))
 
 
+DAPO_PROMPT = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes) "
+    'where $Answer is the answer to the problem.\n\nWhat is $2+3$?\n\nRemember to put your answer on its own line after "Answer:".'
+)
+FORMATS = {  # record -> question, answer
+    "MATH": ({"problem": "P", "solution": r"First $\boxed{1}$ apple. Then \boxed{\frac{1}{2}}.", "level": "Level 5"}, "P", r"\frac{1}{2}"),
+    "MATH-500": ({"problem": "P", "solution": r"\boxed{9}", "answer": "8", "subject": "Algebra", "unique_id": "test/1.json"}, "P", "8"),
+    "GSM8K": ({"question": "Q", "answer": "He has 2 * 617 = <<2*617=1234>>1,234 eggs.\n#### 1,234"}, "Q", "1,234"),
+    "AMC23": ({"id": 0, "problem": "P", "answer": 27.0, "url": "u", "question": "P"}, "P", "27"),
+    "AIME25": ({"question": "Q", "answer": "070"}, "Q", "070"),
+    "Minerva": ({"problem": "P", "solution": r"\[ v = \boxed{1.6} \mathrm{~cm} \]", "type": "Physics", "idx": 0}, "P", "1.6"),
+    "percent behind the box": ({"problem": "P", "solution": r"Hence \boxed{12}\%."}, "P", r"12\%"),
+    "OlympiadBench": ({"id": 1606, "question": "Q", "final_answer": ["$2^{9}$"], "unit": None, "error": None}, "Q", "$2^{9}$"),
+    "OlympiadBench unit": ({"question": "Q", "final_answer": ["$\\frac{41}{12}$"], "unit": "km", "error": ""}, "Q", r"\frac{41}{12} km"),
+    "OlympiadBench list": ({"question": "Q", "final_answer": ["1", "-1"], "unit": ""}, "Q", "1, -1"),
+    "Omni-MATH": ({"problem": "P", "answer": "\\(2n\\)", "difficulty": 8.0, "domain": ["Mathematics -> Algebra"]}, "P", "\\(2n\\)"),
+    "verl": ({"data_source": "math_dapo", "prompt": [{"role": "user", "content": "Q"}], "ability": "MATH",
+              "reward_model": {"ground_truth": "34", "style": "rule"}, "extra_info": {"index": "a-1"}}, "Q", "34"),
+    "DAPO-Math-17k": ({"prompt": [{"role": "user", "content": DAPO_PROMPT}], "reward_model": {"ground_truth": "5"}}, "What is $2+3$?", "5"),
+    "plain prompt": ({"prompt": "Q", "ground_truth": 0.5}, "Q", "0.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "question", "answer"), FORMATS.values(), ids=FORMATS)
+def test_every_public_format(tmp_path, record, question, answer):
+    """Fault: a data set that users have does not load, or its gold is a whole solution, a list's text, 27.0 or the wrong \\boxed."""
+    (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (tmp_path / "p.json").write_text(json.dumps([record]), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "p.parquet")
+    for file in ("p.jsonl", "p.json", "p.parquet"):
+        (problem,) = load_problems(str(tmp_path / file))
+        assert (problem.prompt, problem.answer, problem.kind) == (question, answer, "math")
+        assert verify(problem, rf"It is \boxed{{{answer}}}.").correct and not verify(problem, r"It is \boxed{77}.").correct
+
+
+def test_csv(tmp_path):
+    """Fault: quoted commas and line breaks split a record, or a short line loses its answer silently."""
+    file = tmp_path / "p.csv"
+    file.write_text('question,answer\n"What is 1+1,\nplease?",2\n3+3?,6\n', encoding="utf-8")
+    assert [(p.prompt, p.answer) for p in load_problems(str(file))] == [("What is 1+1,\nplease?", "2"), ("3+3?", "6")]
+    file.write_text("question,answer\n1+1?\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="p.csv:2: has another number of fields"):
+        load_problems(str(file))
+
+
+def test_countdown_tasks_file(tmp_path):
+    """Fault: nums and target are not read, or the same game with its numbers in another order counts twice."""
+    file = tmp_path / "c.jsonl"
+    file.write_text('{"nums": [44, 19, 35], "target": 98}\n{"nums": [19, 35, 44], "target": 98}\n{"nums": [1, 2], "target": 3}\n')
+    problems = load_problems(str(file))
+    assert [(p.kind, p.numbers, p.target) for p in problems] == [("countdown", (44, 19, 35), 98), ("countdown", (1, 2), 3)]
+    assert verify(problems[0], "44 + 19 + 35").correct
+    file.write_text('{"nums": "many", "target": 98}\n')
+    with pytest.raises(ValueError, match="c.jsonl:1: expected a list of integers"):
+        load_problems(str(file))
+
+
+def test_tolerance_of_olympiadbench(tmp_path):
+    """Fault: the data set's error field is ignored, or a tolerance accepts what lies outside it, or in another unit."""
+    file = tmp_path / "o.jsonl"
+    file.write_text('{"question": "Q", "final_answer": ["4.2"], "unit": "%", "error": "1e-1"}\n')
+    (problem,) = load_problems(str(file))
+    for answer, correct in (("4.2", True), (r"4.29\%", True), ("4.11", True), ("4.31", False), ("-4.2", False), (r"420\%", False)):
+        assert verify(problem, rf"\boxed{{{answer}}}").correct == correct, answer
+    file.write_text('{"question": "Q", "final_answer": ["4.2"], "error": "small"}\n')
+    with pytest.raises(ValueError, match="o.jsonl:1: field 'error'"):
+        load_problems(str(file))
+
+
+def test_repeated_questions_are_counted_and_left_out(tmp_path, capsys):
+    """Fault: DAPO's AIME-2024 counts each problem 32 times, or of two contradictory answers one is made the gold."""
+    file = tmp_path / "p.jsonl"
+    rows = [("1 + 1?", "2"), ("1 +  1?", "2.0"), ("1 + 1?", "2"), ("x?", "3"), ("x?", "4"), ("y?", "5")]
+    file.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    assert [(p.prompt, p.answer) for p in load_problems(str(file))] == [("1 + 1?", "2"), ("y?", "5")]
+    printed = capsys.readouterr().out
+    assert "6 records, 3 different questions" in printed and "1 questions are left out" in printed and "p.jsonl:5" in printed
+
+
+def test_train_eval_overlap_is_refused(tmp_path):
+    """Fault: held-out accuracy is measured on training questions."""
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?", "answer": "4"}\n')
+    problems = load_problems(str(file))
+    check_overlap(problems[:1], problems[1:], "a", "b")
+    with pytest.raises(ValueError, match=r"1 of the 1 questions of data.eval = 'b' are among those of data.train = 'a', first 'p.jsonl:2'"):
+        check_overlap(problems, problems[1:], "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"problem": "P", "solution": "no box"}, "has no 'answer', and its field 'solution' no \\boxed{}"),
+        ({"problem": "P", "solution": r"\boxed{\frac{1}{}"}, "has no 'answer'"),
+        ({"prompt": [{"role": "assistant", "content": "hi"}], "answer": "1"}, "field 'prompt': expected messages of role and content"),
+        ({"prompt": ["hi"], "answer": "1"}, "field 'prompt': expected messages of role and content"),
+        ({"prompt": [{"role": "user", "content": "Q"}], "reward_model": {"style": "rule"}}, "has no 'answer'"),
+        ({"prompt": "Q", "reward_model": {"ground_truth": "\\frac{1"}}, "field 'reward_model.ground_truth': gold answer"),
+        ({"problem": "P", "answer": {"value": 1}}, "field 'answer': expected text"),
+    ],
+)
+def test_broken_field_is_named(tmp_path, record, message):
+    """Fault: a record of a known format with a broken field becomes a problem that nothing solves, or that anything solves."""
+    (tmp_path / "p.json").write_text(json.dumps([{"problem": "ok", "answer": "1"}, record]))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_problems(str(tmp_path / "p.json"))
+    assert "p.json[1]" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.json", '{"problem": "P", "answer": "1"}', "expected an array of records"),
+        ("p.json", "[1, 2", "not valid JSON"),
+        ("p.jsonl", "", "holds no records"),
+        ("p.parquet", "PAR", "not a readable parquet file"),
+    ],
+)
+def test_broken_file_is_an_error(tmp_path, name, text, message):
+    """Fault: a traceback of a library, or an empty training set."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_problems(str(tmp_path / name))
+
+
+def test_system_message_is_kept(tmp_path):
+    """Fault: the messages before the question are lost."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q"}]
+    (tmp_path / "p.json").write_text(json.dumps([{"prompt": messages, "reward_model": {"ground_truth": "1"}}]))
+    (problem,) = load_problems(str(tmp_path / "p.json"))
+    assert problem.prompt == "Q" and problem.context == (("system", "Be brief."),)
+
+
+# ---- reasoning-gym
+
+
+def test_gym_splits_share_no_question():
+    """Fault: a held-out question among the training questions, or questions that change from process to process."""
+    options = "?min_terms=2&max_terms=2&min_digits=1&max_digits=2"
+    train = [load_problems("reasoning_gym:chain_sum" + options, size=200, seed=seed) for seed in (0, 1)]
+    heldout = load_problems("reasoning_gym:chain_sum:heldout" + options, size=100, seed=0)
+    assert train[0] != train[1] and len({p.prompt for p in train[0]}) == 200
+    assert not {p.prompt for p in train[0] + train[1]} & {p.prompt for p in heldout}
+    assert [(p.id, p.prompt, p.answer) for p in heldout[:2]] == GYM_HELDOUT
+
+
+GYM_HELDOUT = [
+    ("chain_sum:0:6", "State the final answer to the following arithmetic problem: 43 + 14 =", "57"),
+    ("chain_sum:0:15", "State the final answer to the following arithmetic problem: 8 + 0 =", "8"),
+]
+
+
+@pytest.mark.parametrize("task", ["chain_sum", "word_ladder", "arc_agi", "countdown", "spiral_matrix", "knight_swap", "simple_integration"])
+def test_gym_scorer_decides(task):
+    """Fault: the reference answer of a task is not right, or a partly right one is (scorers give those 0.01 and more)."""
+    problems = load_problems(f"reasoning_gym:{task}", size=3, seed=2)
+    right = verify_many(problems, [f"Let me think.\n<answer>{p.answer}</answer>" for p in problems])
+    assert [v.reason for v in right] == ["correct"] * 3
+    wrong = verify_many(problems, [f"<answer>{p.answer} 17</answer>" for p in problems])
+    assert [v.reason for v in wrong] == ["wrong"] * 3
+
+
+def test_gym_answer_in_words_or_boxed():
+    """Fault: only one way of giving an answer counts, or a marked wrong answer is saved by a right number elsewhere."""
+    (problem,) = load_problems("reasoning_gym:chain_sum?max_digits=1", size=1)
+    good = [problem.answer, f"The answer is {problem.answer}.", rf"\boxed{{{problem.answer}}}"]
+    bad = ["", f"<answer>123</answer> {problem.answer}", "The answer is 123."]
+    assert [v.correct for v in verify_many([problem] * 6, good + bad)] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("task", ["countdown", "puzzle24", "spiral_matrix", "n_queens", "binary_matrix", "string_insertion"])
+def test_gym_scorers_never_run_an_answer(task, tmp_path):
+    """Fault: a scorer that evals the answer runs it: these would write a file."""
+    (problem,) = load_problems(f"reasoning_gym:{task}", size=1)
+    target = tmp_path / "written"
+    calls = [
+        f"open('{target}', 'w')",
+        f"[open][0]('{target}', 'w')",
+        f"(lambda f: f)(open)('{target}', 'w')",
+        f"[f for f in [open]][0]  ('{target}', 'w')",
+        f"__import__('os').system('touch {target}')",
+        f"pow.__self__.open('{target}', 'w')",
+    ]
+    assert not any(v.correct for v in verify_many([problem] * len(calls), calls))
+    assert not target.exists()
+
+
+def test_gym_scorer_is_killed_at_its_deadline():
+    """Fault: an answer that takes a scorer for ever stops the run."""
+    (problem,) = load_problems("reasoning_gym:countdown", size=1)
+    verify(problem, "1")  # the worker has imported what it needs
+    start = time.perf_counter()
+    assert verify(problem, "9**9**9**9", timeout_s=1.0).reason in ("timeout", "wrong")
+    assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "message"),
+    [
+        ("reasoning_gym:no_such_task", 3, "'no_such_task' not registered"),
+        ("reasoning_gym:chain_sum?terms=3", 3, "unexpected keyword argument 'terms'"),
+        ("reasoning_gym:chain_sum:test", 3, "expected reasoning_gym:TASK or reasoning_gym:TASK:heldout"),
+        ("reasoning_gym:chain_sum", 0, "must be given"),
+        ("reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1", 5000, "5000 wanted"),
+    ],
+)
+def test_bad_gym_source_is_an_error(source, size, message):
+    """Fault: a traceback of the worker, or an endless search for questions that do not exist."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_problems(source, size=size)
+
+
 @pytest.mark.parametrize(
     ("source", "size", "message"),
     [
         ("countdown:test", 5, "unknown split"),
         ("countdown:train", 0, "must be given"),
         ("no.jsonl", 0, "not found"),
-        ("problems.xlsx", 0, "expected countdown:train"),
+        ("problems.xlsx", 0, "expected countdown:SPLIT, reasoning_gym:TASK or a file ending in .jsonl"),
     ],
 )
 def test_bad_source_is_an_error(source, size, message):

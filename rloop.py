@@ -36,7 +36,7 @@ from config import Config, config_from_command_line
 from data import Problem, check_overlap, load_demonstrations, load_problems
 from data.tokenizer import Tokenizer
 from model import Transformer
-from rundir import RunDir, describe_step
+from rundir import RunDir, describe_step, truncation_warning
 from sampler import sample
 from verify import verify_many
 
@@ -482,10 +482,11 @@ def evaluate(run: RunDir, policy: Transformer, tokenizer: Tokenizer, heldout: li
     record |= {
         "eval/forgotten_share": float(np.mean([c == 0 and id_ in earlier for id_, c in counts.items()])),
         "eval/union_share": float(np.mean([c > 0 or id_ in earlier for id_, c in counts.items()])),
+        "eval/truncated_share": float(np.mean([not t.finished for group in groups for t in group])),
         "eval/num_problems": len(heldout), "eval/num_samples": K, "num_trajectories": now.num_trajectories,
     }  # fmt: skip
     line = f"eval {name:<4} after {now.rl_steps} RL steps:  avg@{K} {record[f'eval/avg@{K}']:.4f}  pass@{K} {record[f'eval/pass@{K}']:.4f}"
-    run.log(record, line)
+    run.log(record, line + truncation_warning(record["eval/truncated_share"]))
     run.append("evaluations.jsonl", [{"policy": name, "rl_steps": now.rl_steps, "num_correct": counts}])
     return record
 

@@ -162,6 +162,9 @@ def describe_step(r: dict, num_steps: int) -> str:
         line += f"  entropy {r['rl/entropy_mean_nat']:.3f}  grad {r['rl/grad_norm']:.3f}"
         line += f"  clip {r['rl/clip_low_share']:.4f}/{r['rl/clip_high_share']:.4f}  gap {r['rl/logp_gap_max_nat']:.0e}"
     line += f"  {r['time/step_s']:.2f}s"
-    if r["rl/truncated_share"] > 0.9:
-        line += "\n  nearly all responses are cut off: raise sampling.max_new_tokens, or check the prompt format and the model's EOS ids"
-    return line
+    return line + truncation_warning(r["rl/truncated_share"])
+
+
+def truncation_warning(truncated_share: float) -> str:
+    remedy = "raise sampling.max_new_tokens, or check data.prompt, data.chat_template and the model's EOS ids"
+    return f"\n  nearly all responses are cut off: {remedy}" if truncated_share > 0.9 else ""

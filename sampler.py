@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from model import KVCache, Transformer
 
@@ -86,6 +87,7 @@ def sample(
     prefilled: dict[int, tuple[KVCache, int, Tensor]] = {}  # prompt -> its cache, row in it, next-token logits
     rows: list[_Row] = []
     logits_RV = torch.empty(0, model.config.vocab_size, device=device)
+    bar = tqdm(total=len(waiting), desc="sampling", leave=False, delay=5)
     while rows or waiting:
         # a prefill costs a forward pass, so wait until it admits a fair number of rows
         if waiting and num_rows - len(rows) >= min(len(waiting), max(1, num_rows // 8)):
@@ -105,6 +107,7 @@ def sample(
         id_R = draw(logp_RV, uniform_R)
         logp_R = logp_RV.gather(-1, id_R[:, None])[:, 0]
         live = _record(rows, id_R.tolist(), logp_R.tolist(), stop_ids, max_new_tokens)
+        bar.update(live.count(False))
         order = _compact(cache, live)
         rows = [rows[i] for i in order]
         if rows:
@@ -112,6 +115,7 @@ def sample(
             logits_RV = model.logits(model.hidden(id_R[order, None], pos_R1, cache)[:, -1])
         else:
             logits_RV = logits_RV[:0]
+    bar.close()
     return results
 
 

@@ -9,6 +9,7 @@ from data import countdown, files
 from verify import answers_match, ask_worker
 
 GYM_GENERATION_S = 600.0
+MAX_SHOWN = 20  # broken records that an error lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +48,23 @@ def load_problems(source: str, *, size: int = 0, seed: int = 0, countdown_number
         return _gym_problems(source, size, seed)
     problems: dict[str, Problem] = {}
     ids: dict[str, str] = {}
-    num_records, contradicted = 0, {}
+    num_records, contradicted, unreadable = 0, {}, []
     for record, where in files.read_records(source):
         num_records += 1
-        problem = _problem(record, where)
+        try:
+            problem = _problem(record, where)
+        except files.UnreadableGold as error:
+            unreadable.append(str(error))
+            continue
         key = question_key(problem)
         first = problems.setdefault(key, problem)
         if ids.setdefault(first.id, key) != key:
             raise ValueError(f"{where}: id {first.id!r} stands in the file twice, for different questions")
         if first.answer != problem.answer and not answers_match(first.answer, problem.answer).correct:
             contradicted[key] = where
+    if unreadable:
+        shown = "".join(f"\n  {error}" for error in unreadable[:MAX_SHOWN]) + ("\n  ..." if len(unreadable) > MAX_SHOWN else "")
+        raise ValueError(f"{source}: {len(unreadable)} of {num_records} records are to be mended or removed:{shown}")
     if num_records > len(problems):
         print(f"{source}: {num_records} records, {len(problems)} different questions; the repetitions are left out")
     if contradicted:

@@ -90,6 +90,10 @@ def _read_parquet(path: str) -> Iterator[tuple[dict, str]]:
 # ---- fields
 
 
+class UnreadableGold(ValueError):
+    """A gold answer that cannot be read as an answer: nothing could ever be right."""
+
+
 def question(record: dict, where: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     """The question's text, and the (role, content) messages before it if it is a list of messages (verl)."""
     name = next((name for name in QUESTION_FIELDS if record.get(name)), None)
@@ -111,8 +115,7 @@ def gold_answer(record: dict, where: str) -> tuple[str, float]:
     """The gold answer's text and its absolute tolerance.
 
     From reward_model.ground_truth (verl); or an answer field: what stands behind `####` (GSM8K), or a list, with the record's unit
-    (OlympiadBench); or else the last \\boxed of the solution (MATH, Minerva). Raises ValueError when it cannot be read as an answer:
-    nothing could ever be right.
+    (OlympiadBench); or else the last \\boxed of the solution (MATH, Minerva). Raises ValueError, of which UnreadableGold is one.
     """
     judge = record.get("reward_model")
     if isinstance(judge, dict):
@@ -134,7 +137,7 @@ def gold_answer(record: dict, where: str) -> tuple[str, float]:
     try:
         check_gold(text)
     except ValueError as error:
-        raise ValueError(f"{where}: field {name!r}: {error}") from None
+        raise UnreadableGold(f"{where}: field {name!r}: {error}") from None
     return text, _tolerance(record.get("error"), where)
 
 

@@ -260,6 +260,15 @@ def test_broken_field_is_named(tmp_path, record, message):
     assert "p.json[1]" in str(error.value)
 
 
+def test_every_unreadable_gold_is_listed(tmp_path):
+    """Fault: a data set with three unreadable gold answers is mended in three rounds of one error each."""
+    golds = ["1", "\\frac{1", "2", "", "3)("]
+    (tmp_path / "p.json").write_text(json.dumps([{"problem": f"P{i}", "answer": gold or "{{"} for i, gold in enumerate(golds)]))
+    with pytest.raises(ValueError, match="3 of 5 records are to be mended") as error:
+        load_problems(str(tmp_path / "p.json"))
+    assert all(f"p.json[{i}]: field 'answer'" in str(error.value) for i in (1, 3, 4))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

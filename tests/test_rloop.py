@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN
+from conftest import ROOT, SMALL_RUN
 from safetensors.torch import load_file
 
 import rloop
@@ -419,6 +419,30 @@ def test_nearly_all_truncated_is_said(small_run, capsys):
     assert "nearly all responses are cut off: raise sampling.max_new_tokens" in capsys.readouterr().out
     run_whole(small_run("b", "--method", "rl", "--iterations", "1"))
     assert "cut off" not in capsys.readouterr().out
+    run_whole(small_run("c", "--method", "eval", "--sampling.max_new_tokens", "5"))
+    assert "nearly all responses are cut off: raise sampling.max_new_tokens" in capsys.readouterr().out
+
+
+def test_prompt_is_a_conversation_or_plain_text(countdown_toml, tmp_path):
+    """Fault: the chat template or the messages before the question are left out, so a chat model never ends its answers."""
+    base = ROOT / "data" / "countdown_base"
+    (tmp_path / "tokenizer.json").write_text((base / "tokenizer.json").read_text())
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    tokens = {"eos_token": "<eos>", "chat_template": template.replace("m.role", "'from' if m.role == 'system' else 'make'")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens).replace("assistant:", "="))
+    tokenizer = Tokenizer(tmp_path)
+    for chat, expected in (("true", "from: 7\nmake: 3 from 1 2 *\n="), ("false", "7\n\n3 from 1 2 *")):
+        cfg = load_config(countdown_toml, ["--data.chat_template", chat, "--data.prompt", "{problem} *"])
+        assert rloop.encode_prompt(tokenizer, "3 from 1 2", cfg, (("system", "7"),)) == tokenizer.encode(expected)
+
+
+def test_training_on_held_out_questions_is_refused(small_run, tmp_path):
+    """Fault: a run whose training and held-out files share questions starts."""
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"problem": f"{i}?", "answer": "1"}) + "\n" for i in range(20)))
+    run = small_run("a", "--data.train", str(file), "--data.eval", str(file))
+    with pytest.raises(ValueError, match="questions of data.eval"):
+        rloop.run_method(run.cfg)
 
 
 def test_rl_baseline_has_the_same_budget(small_run):

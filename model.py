@@ -296,7 +296,7 @@ class Transformer(nn.Module):
         missing = [name for name in parameters if name not in state]
         if missing:
             raise ValueError(f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}")
-        if head not in parameters and not torch.equal(state.pop(head, state[embedding]), state[embedding]):
+        if head in state and head not in parameters and not torch.equal(state.pop(head), state[embedding]):
             raise ValueError(f"{path}: {head!r} differs from {embedding!r}, but config.json says tie_word_embeddings = true")
         model.load_state_dict(state, assign=True)
         model.source = path

@@ -578,7 +578,7 @@ def run_method(cfg: Config) -> None:
         print(f"{run.path} is finished; this is its result. For another run choose another --run_dir")
         return
     problems, heldout = load_data(cfg)
-    tokenizer = Tokenizer(cfg.model.path)
+    tokenizer = Tokenizer(cfg.model.path, chat=cfg.data.chat_template)
     policy = load_policy(cfg)
     if run.checkpoint is None:
         evaluate(run, policy, tokenizer, heldout, "base")

@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -17,9 +18,11 @@ class Tokenizer:
     """tokenizer.json of a Hugging Face directory, with the special tokens and the chat template of tokenizer_config.json.
 
     stop_ids: the tokenizer's own eos_token and every eos_token_id of generation_config.json and config.json; eos_id is the first of these.
+    chat: prompts will be conversations, so what ends an assistant's turn in the chat template is the first of the stop ids; a base model's
+    EOS is often another one.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, chat: bool = False):
         path = Path(path)
         file = path / "tokenizer.json"
         if not file.exists():
@@ -44,6 +47,7 @@ class Tokenizer:
         ids = [i for i in ids if i is not None]
         if not ids:
             raise ValueError(f"{path}: neither tokenizer_config.json, generation_config.json nor config.json names an EOS token")
+        ids = self._turn_end() + ids if chat else ids
         self.eos_id = ids[0]
         self.stop_ids = set(ids)
 
@@ -68,14 +72,26 @@ class Tokenizer:
         messages: [{"role": "user", "content": ...}, ...]. A template that writes today's date (Llama 3.x) does so here too.
         Raises ValueError when the checkpoint has no chat template, or when its template rejects the messages.
         """
-        if self._chat_template is None:
-            raise ValueError(f"{self._chat_file}: no chat template; set data.chat_template = false and give a data.prompt")
         if not messages:
             raise ValueError("a chat needs at least one message")
+        return self._render(messages, add_generation_prompt=True)
+
+    def _turn_end(self) -> list[int]:
+        """The special token right behind an assistant's message, if there is one."""
+        answer = "0123456789"
+        rendered = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+        behind = self.encode(rendered.rpartition(answer)[2].lstrip())[:1]
+        return [i for i in behind if self._tokenizer.get_added_tokens_decoder().get(i, AddedToken("")).special]
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        if self._chat_template is None:
+            raise ValueError(f"{self._chat_file}: no chat template; set data.chat_template = false and give a data.prompt")
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             template = _compile(self._chat_template)
-            return template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special)
+            return template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._special
+            )
         except Exception as error:  # a template is a stranger's program
             raise ValueError(f"{self._chat_file}: the chat template failed: {type(error).__name__}: {error}") from None
 

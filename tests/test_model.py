@@ -1,14 +1,17 @@
 """model.py against transformers, and the cache against the full forward."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
-from conftest import TINY
+from conftest import ROOT, TINY
 from safetensors.torch import load_file, save_file
 
-from model import KVCache, Transformer, TransformerConfig
+from model import COPIED_FILES, KVCache, Transformer, TransformerConfig
+from sampler import sample
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
@@ -66,6 +69,170 @@ def test_saved_directory_loads_in_transformers(case, tmp_path):
         torch.testing.assert_close(again.float()(ids).logits, ours(ids), rtol=1e-4, atol=1e-3)
 
 
+HUB = dict(
+    vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+    max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.2, hidden_act="silu", rope_theta=500000.0, bos_token_id=1,
+)  # fmt: skip
+HUB_CONFIGS = {  # config.json as transformers 4 wrote the checkpoints on the hub
+    "TinyLlama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_scaling": None, "attention_bias": False,
+                  "pretraining_tp": 1, "torch_dtype": "float32", "tie_word_embeddings": False, "eos_token_id": 2},
+    "Llama-3.2": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False, "head_dim": 8,
+                  "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}, "tie_word_embeddings": True,
+                  "eos_token_id": [3, 4, 5], "torch_dtype": "bfloat16"},
+    "Qwen2.5": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8,
+                "max_window_layers": 1, "tie_word_embeddings": True, "use_mrope": False, "eos_token_id": 3},
+    "Qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16, "use_sliding_window": False,
+              "sliding_window": None, "layer_types": ["full_attention", "full_attention"], "tie_word_embeddings": True},
+}  # fmt: skip
+
+
+def hub_model(name: str, **changes) -> Transformer:
+    model = Transformer(TransformerConfig.from_hf(HUB | HUB_CONFIGS[name] | changes, "tests"))
+    model.init_weights(seed=0)
+    return model
+
+
+@pytest.mark.parametrize("name", HUB_CONFIGS)
+def test_config_of_the_hub_means_what_transformers_reads(name, tmp_path):
+    """Fault: the RoPE base, scaling, head width or tying of a real config.json is read otherwise than transformers reads it."""
+    ours = hub_model(name)
+    ours.save_pretrained(tmp_path)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    assert theirs.dtype == torch.float32 and not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.randint(0, 97, (2, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, got = theirs(ids).logits, ours(ids)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_equal_transformers(case, tmp_path):
+    """Fault: prefill, decoding by the cache, or positions differ from transformers' generate."""
+    theirs = hf_model(case)
+    theirs.save_pretrained(tmp_path)
+    prompts = [[5, 6, 7], [9, 1, 4, 4, 80, 2, 33]]
+    ours = Transformer.from_pretrained(tmp_path)
+    got = sample(ours, prompts, num_samples=1, max_new_tokens=24, top_k=1, stop_ids=set(), seed=0, max_rows=2)
+    greedy = transformers.GenerationConfig(do_sample=False, max_new_tokens=24, pad_token_id=0)
+    for prompt, (completion,) in zip(prompts, got, strict=True):
+        expected = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=greedy)
+        assert completion.ids == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 40_000, 1])
+def test_saved_shards_load_in_transformers(max_shard_bytes, tmp_path):
+    """Fault: the index names a wrong file or size, or a tensor falls between two shards."""
+    hf_model("qwen2").save_pretrained(tmp_path / "theirs")
+    ours = Transformer.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours", max_shard_bytes=max_shard_bytes)
+    files = sorted(file.name for file in (tmp_path / "ours").glob("*.safetensors*"))
+    num_bytes = sum(weight.nbytes for weight in ours.parameters())
+    if max_shard_bytes == 10**9:
+        assert files == ["model.safetensors"]
+    else:
+        index = json.loads((tmp_path / "ours" / files.pop()).read_text())
+        assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        assert index["metadata"]["total_size"] == num_bytes and list(index["weight_map"]) == list(ours.state_dict())
+        shards = [load_file(tmp_path / "ours" / file).values() for file in files]
+        assert all(len(shard) == 1 or sum(weight.nbytes for weight in shard) <= max_shard_bytes for shard in shards)
+        assert len(files) == (len(ours.state_dict()) if max_shard_bytes == 1 else 9)
+    for again in (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), Transformer.from_pretrained(tmp_path / "ours")):
+        assert again.state_dict().keys() == ours.state_dict().keys()
+        assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in ours.state_dict().items())
+
+
+def test_saving_again_replaces_the_earlier_weights(tmp_path):
+    """Fault: an index or a model.safetensors of an earlier save stays and is what a reader loads; or saving over the memory-mapped file
+    that the weights came from destroys them."""
+    model = hub_model("Qwen2.5")
+    for max_shard_bytes in (10**9, 20_000, 40_000, 40_000, 10**9):
+        with torch.no_grad():
+            model.model.norm.weight.add_(1.0)
+        model.save_pretrained(tmp_path, max_shard_bytes=max_shard_bytes)
+        expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        model = Transformer.from_pretrained(tmp_path)  # the next save goes over the files that this one has mapped
+        for name, weight in expected.items():
+            assert torch.equal(model.state_dict()[name], weight) and torch.equal(theirs.state_dict()[name], weight), name
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("load", [Transformer.from_pretrained, lambda path: Transformer.from_config(path, seed=0)])
+def test_tokenizer_files_go_along(load, tiny, tmp_path):
+    """Fault: an exported policy has no tokenizer, chat template or generation config, so transformers and vLLM cannot serve it."""
+    tiny.save_pretrained(tmp_path / "a")
+    for name in COPIED_FILES:
+        (tmp_path / "a" / name).write_text(name)
+    load(tmp_path / "a").save_pretrained(tmp_path / "b")
+    Transformer.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "b")
+    assert {file.name for file in (tmp_path / "b").iterdir()} == {*COPIED_FILES, "config.json", "model.safetensors"}
+    assert all((tmp_path / "b" / name).read_text() == name for name in COPIED_FILES)
+    assert len({file.stat().st_mode for file in (tmp_path / "b").iterdir()}) == 1  # readable by the same people
+
+
+@pytest.mark.parametrize("compiled", ["in place", "wrapper", "blocks"])
+def test_compiled_model_saves_the_same_names(compiled, tmp_path):
+    """Fault: torch.compile's _orig_mod. prefix gets into the checkpoint, which then loads nowhere."""
+    model = hub_model("Llama-3.2")
+    if compiled == "in place":
+        model.compile()
+    elif compiled == "wrapper":
+        model = torch.compile(model)
+    else:
+        model.model.layers[0] = torch.compile(model.model.layers[0])
+    model.save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert names == set(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()) - {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("keys", [(), ("dtype",), ("torch_dtype",), ("dtype", "torch_dtype")])
+def test_saved_dtype_is_the_weights(keys, tmp_path):
+    """Fault: bfloat16 weights under a config that says float32, so that transformers and vLLM load them at twice the size."""
+    hub_model("Qwen3", **dict.fromkeys(keys, "float32")).save_pretrained(tmp_path)
+    half = Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert {key: config[key] for key in ("dtype", "torch_dtype") if key in config} == dict.fromkeys(keys or ("dtype",), "bfloat16")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+    assert all(torch.equal(weight, theirs.state_dict()[name]) for name, weight in half.state_dict().items())
+    ids = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, exact, got = theirs(ids).logits.float(), theirs.float()(ids).logits, half(ids)
+    assert (got - exact).norm() < 1.5 * (expected - exact).norm()  # rounding as large as theirs, nothing more
+    with torch.no_grad():
+        again = Transformer.from_pretrained(tmp_path / "half")(ids)
+    torch.testing.assert_close(again, exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+
+
+MEASURE = """
+import json, sys
+from model import Transformer
+
+def kib(name):  # the peak is VmHWM: ru_maxrss starts at that of the parent process
+    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0])
+
+Transformer.from_pretrained(sys.argv[2])  # what a first call imports and sets up is not counted
+before = kib("RssAnon"), kib("VmHWM")
+model = Transformer.from_pretrained(sys.argv[1])
+print(json.dumps([kib("RssAnon") - before[0], kib("VmHWM") - before[1]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("dtype", "anonymous", "peak"), [(torch.float32, 0.1, 0.1), (torch.bfloat16, 1.1, 1.7)])
+def test_loading_makes_no_second_copy(dtype, anonymous, peak, tiny, tmp_path):
+    """Fault: loading reads the file into memory, or holds the weights twice. In units of the float32 weights: those that need no
+    conversion stay in the mapped file; of bfloat16 weights the result (1.0) and, at the peak, the mapped pages of the file (0.5) count."""
+    model = hub_model("Qwen3", hidden_size=512, intermediate_size=2048, vocab_size=20000).to(dtype)
+    model.save_pretrained(tmp_path / "big")
+    tiny.save_pretrained(tmp_path / "small")
+    weights_kib = sum(4 * weight.numel() for weight in model.parameters()) / 1024
+    command = [sys.executable, "-c", MEASURE, tmp_path / "big", tmp_path / "small"]
+    used = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert used[0] < anonymous * weights_kib and used[1] < peak * weights_kib, (used, weights_kib)
+
+
 def test_roundtrip_is_bitwise(tiny, tmp_path):
     """Fault: saving or loading rounds the weights."""
     tiny.save_pretrained(tmp_path)
@@ -84,7 +251,9 @@ def test_sharded_checkpoint_loads(tmp_path):
         torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(ids), theirs(ids).logits, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(("damage", "message"), [("missing", "missing"), ("extra", "unexpected tensor"), ("shape", "has shape")])
+@pytest.mark.parametrize(
+    ("damage", "message"), [("missing", "missing"), ("extra", "unexpected tensor"), ("shape", "has shape"), ("int8", "is torch.int8")]
+)
 def test_damaged_checkpoint_names_the_tensor(tiny, tmp_path, damage, message):
     """Fault: a checkpoint that does not fit loads silently with random or dropped weights."""
     tiny.save_pretrained(tmp_path)
@@ -95,6 +264,8 @@ def test_damaged_checkpoint_names_the_tensor(tiny, tmp_path, damage, message):
     elif damage == "extra":
         name = "model.layers.1.mlp.extra.weight"
         tensors[name] = torch.zeros(2)
+    elif damage == "int8":
+        tensors[name] = tensors[name].to(torch.int8)
     else:
         tensors[name] = torch.zeros(3, 3)
     save_file(tensors, tmp_path / "model.safetensors")
@@ -107,7 +278,17 @@ def test_damaged_checkpoint_names_the_tensor(tiny, tmp_path, damage, message):
     ("change", "message"),
     [
         ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}}, "rope_type = 'yarn'"),  # the first wins
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type = 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor = 0.25"),
+        ({"use_sliding_window": True}, "use_sliding_window = True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "gelu"),
     ],
 )
@@ -115,6 +296,51 @@ def test_unsupported_architecture_is_an_error(tmp_path, change, message):
     """Fault: a model that this file does not implement loads and computes something else."""
     (tmp_path / "config.json").write_text(json.dumps(TINY | change))
     with pytest.raises(ValueError, match=message):
+        Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 5, b"\xff" * 200, b"cut"])
+def test_broken_weight_file_is_named(content, tiny, tmp_path):
+    """Fault: a cut or foreign file raises something that main does not catch, or that does not say which file."""
+    tiny.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] if content == b"cut" else content)
+    with pytest.raises(ValueError, match="model.safetensors: cannot be read"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_missing_files_are_named(tiny, tmp_path):
+    """Fault: an index without its shard, or a checkpoint that is only a pickle, loads or fails without a name; a pickle is opened."""
+    with pytest.raises(ValueError, match="config.json: not found"):
+        Transformer.from_pretrained(tmp_path)
+    tiny.save_pretrained(tmp_path, max_shard_bytes=5_000)
+    shard = sorted(tmp_path.glob("model-*"))[3]
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard.name}: not found"):
+        Transformer.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="index.json: has no 'weight_map'"):
+        Transformer.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match="model.safetensors: not found"):
+        Transformer.from_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch OPENED'\ntR.")
+    with pytest.raises(ValueError, match="pytorch_model.bin: a pickle"):
+        Transformer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_tied_head_in_the_file_must_be_the_embedding(tiny, tmp_path):
+    """Fault: a fine-tuned head of its own is dropped because config.json says that it is tied; or a copy of the embedding is refused."""
+    tiny.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in Transformer.from_pretrained(tmp_path).state_dict()
+    save_file(tensors | {"lm_head.weight": head + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="'lm_head.weight' differs"):
         Transformer.from_pretrained(tmp_path)
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(dtype)
 
 
 def rope_frequencies(config: TransformerConfig) -> Tensor:
@@ -114,10 +116,21 @@ def rope_frequencies(config: TransformerConfig) -> Tensor:
     return freq * (blend + (1 - blend) / scaling["factor"])
 
 
-def rotate(x_BHTE: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor) -> Tensor:
-    """RoPE in Hugging Face's layout: the two halves of a head are the real and the imaginary parts."""
-    a, b = x_BHTE.chunk(2, dim=-1)
-    return x_BHTE * cos_B1TE + torch.cat((-b, a), dim=-1) * sin_B1TE
+def rotate(x_HE: Tensor, cos_1E: Tensor, sin_1E: Tensor) -> Tensor:
+    """RoPE of [..., T, H, E] by angles [..., T, 1, E], in Hugging Face's layout: the halves of a head are real and imaginary parts."""
+    a, b = x_HE.chunk(2, dim=-1)
+    return x_HE * cos_1E + torch.cat((-b, a), dim=-1) * sin_1E
+
+
+# Which tokens see which. Every layer calls it with its number, rotated q [..., T, H, E] and k, and v [..., T, K, E]; it returns
+# [..., T, H, E].
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def causal(layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
+    """Rows of tokens from position 0 on, each seeing itself and those to its left."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 class KVCache:
@@ -132,13 +145,20 @@ class KVCache:
         self.k = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(c.num_layers)]
         self.v = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(c.num_layers)]
 
-    def write(self, layer: int, pos_BT: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
-        """Store the tokens of the first B rows; returns all keys and values of these rows in the first num_slots slots."""
-        k, v = self.k[layer], self.v[layer]
-        rows = torch.arange(len(pos_BT), device=pos_BT.device)[:, None]
-        k[rows, :, pos_BT] = k_BKTE.transpose(1, 2)
-        v[rows, :, pos_BT] = v_BKTE.transpose(1, 2)
-        return k[: len(pos_BT), :, :num_slots], v[: len(pos_BT), :, :num_slots]
+    def at(self, pos_BT: Tensor) -> Attend:
+        """New tokens of the first B rows at positions pos_BT: they are stored, and see the earlier slots of their row."""
+        B, num_slots = len(pos_BT), int(pos_BT.max()) + 1
+        rows_B1 = torch.arange(B, device=pos_BT.device)[:, None]
+        mask_B1TS = torch.arange(num_slots, device=pos_BT.device) <= pos_BT[:, None, :, None]
+
+        def attend(layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
+            k, v = self.k[layer], self.v[layer]
+            k[rows_B1, :, pos_BT] = k_BTKE
+            v[rows_B1, :, pos_BT] = v_BTKE
+            k, v = k[:B, :, :num_slots], v[:B, :, :num_slots]
+            return F.scaled_dot_product_attention(q_BTHE.transpose(1, 2), k, v, attn_mask=mask_B1TS, enable_gqa=True).transpose(1, 2)
+
+        return attend
 
     def copy_rows(self, target: list[int], source: "KVCache", source_rows: list[int]) -> None:
         """Copy whole rows from a cache (possibly this one) with no more slots than this one."""
@@ -158,18 +178,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cached: tuple | None) -> Tensor:
-        B, T, _ = x_BTD.shape
-        q_BHTE = rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2), *rope)
-        k_BKTE = rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2), *rope)
-        v_BKTE = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
-        if cached is None:
-            y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=True)
-        else:
-            cache, pos_BT, mask_B1TS = cached
-            k_BKSE, v_BKSE = cache.write(self.layer, pos_BT, k_BKTE, v_BKTE, mask_B1TS.shape[-1])
-            y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BKSE, v_BKSE, attn_mask=mask_B1TS, enable_gqa=True)
-        return self.o_proj(y_BHTE.transpose(1, 2).reshape(B, T, -1))
+    def forward(self, x_D: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        q_HE, k_KE, v_KE = (proj(x_D).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y_HE = attend(self.layer, rotate(self.q_norm(q_HE), *rope), rotate(self.k_norm(k_KE), *rope), v_KE)
+        return self.o_proj(y_HE.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -179,8 +191,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+    def forward(self, x_D: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_D)) * self.up_proj(x_D))
 
 
 class Block(nn.Module):
@@ -191,9 +203,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cached: tuple | None) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, cached)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+    def forward(self, x_D: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x_D = x_D + self.self_attn(self.input_layernorm(x_D), rope, attend)
+        return x_D + self.mlp(self.post_attention_layernorm(x_D))
 
 
 class Body(nn.Module):
@@ -223,27 +235,27 @@ class Transformer(nn.Module):
         """Full causal forward of right-padded ids: padding cannot reach the tokens to its left, so no mask is needed."""
         return self.logits(self.hidden(ids_BT))
 
-    def hidden(self, ids_BT: Tensor, pos_BT: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Last hidden states [B, T, D]. With a cache, row b's tokens sit at positions pos_BT[b] and see its earlier slots too."""
-        if pos_BT is None:
-            pos_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-        if self._rope_freq is None or self._rope_freq.device != ids_BT.device:
-            self._rope_freq = rope_frequencies(self.config).to(ids_BT.device)
-        x_BTD = self.model.embed_tokens(ids_BT)
-        angle_B1TE = (pos_BT[:, None, :, None] * self._rope_freq).repeat(1, 1, 1, 2)
-        rope = angle_B1TE.cos().to(x_BTD.dtype), angle_B1TE.sin().to(x_BTD.dtype)
-        cached = None
-        if cache is not None:
-            slots_S = torch.arange(int(pos_BT.max()) + 1, device=ids_BT.device)
-            cached = cache, pos_BT, slots_S <= pos_BT[:, None, :, None]
+    def hidden(self, ids_T: Tensor, pos_T: Tensor | None = None, attend: Attend = causal) -> Tensor:
+        """Last hidden states [..., T, D] of ids [..., T] at positions pos_T (0, 1, 2 .. if None); attend says which tokens see which."""
+        if pos_T is None:
+            pos_T = torch.arange(ids_T.shape[-1], device=ids_T.device)
+        if self._rope_freq is None or self._rope_freq.device != ids_T.device:
+            self._rope_freq = rope_frequencies(self.config).to(ids_T.device)
+        x_TD = self.model.embed_tokens(ids_T)
+        angle_T1E = torch.cat([pos_T[..., None, None] * self._rope_freq] * 2, dim=-1)
+        rope = angle_T1E.cos().to(x_TD.dtype), angle_T1E.sin().to(x_TD.dtype)
         for block in self.model.layers:
-            x_BTD = block(x_BTD, rope, cached)
-        return self.model.norm(x_BTD)
+            x_TD = block(x_TD, rope, attend)
+        return self.model.norm(x_TD)
 
     def logits(self, x_D: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D], in float32."""
-        head = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
-        return F.linear(x_D, head.weight).float()
+        return F.linear(x_D, self.head_weight).float()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]; the embedding's, if they are tied."""
+        return (self.model.embed_tokens if self.config.tie_embeddings else self.lm_head).weight
 
     def init_weights(self, seed: int) -> None:
         """Fresh weights: normal with config.json's initializer_range as std, residual outputs scaled by 1/sqrt(2L) (GPT-2)."""

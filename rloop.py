@@ -14,21 +14,19 @@
     avg@K and pass@k on held-out problems, all along                 evaluate, pass_at_k
     baseline: the same I*N RL steps in a row from theta_0            run_rl
 
-Shapes: N problems (groups), G samples a problem, B rows, T tokens, M response tokens, V vocabulary, D width. Masks are bool, True =
-response token. Log-probs are natural logs in float32; logp_BT[b, t] = log p(ids[b, t] | ids[b, :t]), so column 0 is 0.
+Shapes: N problems (groups), G samples a problem, B rows (responses), T tokens. Training tensors are flat, one entry a response token
+(packing.py). Masks are bool, True = response token. Log-probs are natural logs in float32.
 """
 
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +34,7 @@ from config import Config, config_from_command_line
 from data import Problem, check_overlap, load_demonstrations, load_problems
 from data.tokenizer import Tokenizer
 from model import Transformer
+from packing import micro_batches, token_logprobs
 from rundir import RunDir, describe_step, truncation_warning
 from sampler import sample
 from verify import verify_many
@@ -169,53 +168,6 @@ def copy_weights(policy: Transformer) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}
 
 
-def token_logprobs(model: Transformer, ids_BT: Tensor, mask_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probs of the response tokens and entropies of the distributions they came from, both [B, T], 0 outside the mask.
-
-    The distribution is the sampler's: softmax of logits / temperature. The head runs on response positions only; entropies carry no
-    gradient.
-    """
-    x_MD = model.hidden(ids_BT)[:, :-1][mask_BT[:, 1:]]
-    logp_MV = torch.log_softmax(model.logits(x_MD) / temperature, dim=-1)
-    logp_M = logp_MV.gather(-1, ids_BT[mask_BT][:, None])[:, 0]
-    with torch.no_grad():
-        entropy_M = -(logp_MV.exp() * logp_MV).sum(dim=-1)
-    zeros_BT = torch.zeros(ids_BT.shape, device=ids_BT.device)
-    return zeros_BT.masked_scatter(mask_BT, logp_M), zeros_BT.masked_scatter(mask_BT, entropy_M)
-
-
-def pad_rows(prompts: list[list[int]], responses: list[list[int]], values: list[list[float]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded ids [B, T], the mask of the response tokens, and per-token values laid out on it."""
-    T = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    ids_BT = torch.zeros(len(prompts), T, dtype=torch.long)
-    mask_BT = torch.zeros(len(prompts), T, dtype=torch.bool)
-    value_BT = torch.zeros(len(prompts), T)
-    for b, (prompt, response, value) in enumerate(zip(prompts, responses, values, strict=True)):
-        end = len(prompt) + len(response)
-        ids_BT[b, :end] = torch.tensor(prompt + response)
-        mask_BT[b, len(prompt) : end] = True
-        value_BT[b, len(prompt) : end] = torch.tensor(value)
-    return ids_BT, mask_BT, value_BT
-
-
-def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Row indices of each micro-batch: padded to its longest row it holds at most max_tokens (or one row). The longest come first, so
-    that memory runs out at the first step or never."""
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
-def micro_slices(batch: dict[str, Tensor], lengths: list[int], max_tokens: int) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors of the batch, each [B, T], cut into micro-batches without the padding that these do not need."""
-    for rows in micro_batches(lengths, max_tokens):
-        yield tuple(tensor[rows, : lengths[rows[0]]] for tensor in batch.values())
-
-
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -225,15 +177,15 @@ def new_optimizer(policy: Transformer, cfg: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=cfg.optimizer.weight_decay)
 
 
-def finish_step(policy: Transformer, optimizer: torch.optim.Optimizer, loss: float, batch: dict[str, Tensor], run: RunDir) -> float:
-    """Clip the gradient and apply it; returns its norm. A non-finite loss or gradient leaves the weights alone, saves the batch and stops.
+def finish_step(policy: Transformer, optimizer: torch.optim.Optimizer, loss: float, rows: list[dict], run: RunDir) -> float:
+    """Clip the gradient and apply it; returns its norm. A non-finite loss or gradient leaves the weights alone, saves the rows and stops.
 
-    Raises FloatingPointError naming the saved batch.
+    Raises FloatingPointError naming the saved rows.
     """
     grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), run.cfg.optimizer.grad_clip))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        dump = run.path / "nonfinite_batch.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in batch.items()}, dump)
+        run.append("nonfinite_batch.jsonl", rows)
+        dump = run.path / "nonfinite_batch.jsonl"
         raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}: not finite; the weights are untouched, the batch is in {dump}")
     optimizer.step()
     optimizer.zero_grad()
@@ -326,19 +278,23 @@ def update(policy: Transformer, optimizer, reference: Transformer | None, groups
     splits = np.array_split(np.arange(len(groups)), min(cfg.rl.minibatches, len(groups)))
     for number, split in enumerate(splits):
         rows = [t for n in split for t in groups[n]]
-        adv_B1 = adv_NG[split].reshape(-1, 1)
-        ids_BT, mask_BT, old_logp_BT = pad_rows([t.prompt_ids for t in rows], [t.ids for t in rows], [t.logps for t in rows])
-        num_tokens = int(mask_BT.sum())
-        weight_BT = token_weights(mask_BT, cfg.rl.aggregation, num_tokens=num_tokens, num_rows=len(rows), max_new_tokens=max_new_tokens)
-        batch = {"ids": ids_BT, "mask": mask_BT, "old_logp": old_logp_BT, "adv": adv_B1.expand(ids_BT.shape), "weight": weight_BT}
-        lengths = [len(t.prompt_ids) + len(t.ids) for t in rows]
+        length_B = torch.tensor([len(t.ids) for t in rows])
+        num_tokens = int(length_B.sum())
+        adv_B = adv_NG[split].flatten()
+        mask_BT = torch.arange(int(length_B.max())) < length_B[:, None]
+        weight_BT = token_weights(
+            mask_BT, cfg.rl.aggregation, num_tokens=num_tokens, num_rows=len(rows), max_new_tokens=max_new_tokens
+        )  # fmt: skip
         step_loss = 0.0
-        for ids, mask, old_logp, adv, weight in micro_slices(batch, lengths, cfg.compute.micro_batch_tokens):
-            logp, entropy = token_logprobs(policy, ids, mask, cfg.sampling.temperature)
+        packed = [(groups[n][0].prompt_ids, [t.ids for t in groups[n]]) for n in split]
+        for batch, members in micro_batches(packed, cfg.compute.micro_batch_tokens):
+            old_logp = torch.tensor([logp for b in members for logp in rows[b].logps])
+            adv, weight = adv_B[members].repeat_interleave(length_B[members]), weight_BT[members][mask_BT[members]]
+            logp, entropy = token_logprobs(policy, batch, cfg.sampling.temperature)
             loss, sums = grpo_loss(logp, old_logp, adv, weight, clip_low=cfg.rl.clip_low, clip_high=cfg.rl.clip_high)
             if reference is not None:
                 with torch.no_grad():
-                    ref_logp, _ = token_logprobs(reference, ids, mask, cfg.sampling.temperature)
+                    ref_logp, _ = token_logprobs(reference, batch, cfg.sampling.temperature)
                 kl = kl_loss(logp, ref_logp, weight)
                 loss = loss + cfg.rl.kl_coef * kl
                 totals["kl"] += kl.item() / len(splits)
@@ -347,10 +303,10 @@ def update(policy: Transformer, optimizer, reference: Transformer | None, groups
             totals["entropy"] += entropy.sum().item()
             totals = {name: value + (sums[name].item() if name in sums else 0) for name, value in totals.items()}
             if number == 0:  # later minibatches see a policy that has moved away from the sampler's
-                gap = (logp.detach() - old_logp).abs()[mask]
+                gap = (logp.detach() - old_logp).abs()
                 gap_mean, gap_max = gap_mean + gap.sum().item() / num_tokens, max(gap_max, gap.max().item())
         totals["loss"] += step_loss / len(splits)
-        totals["grad_norm"] += finish_step(policy, optimizer, step_loss, batch, run) / len(splits)
+        totals["grad_norm"] += finish_step(policy, optimizer, step_loss, [vars(t) for t in rows], run) / len(splits)
     tokens = totals["tokens"]
     return {
         "rl/loss": totals["loss"],
@@ -426,19 +382,16 @@ def rft(run: RunDir, policy: Transformer, pairs: list[tuple[list[int], list[int]
         if position == 0:
             order = np.random.default_rng((cfg.seed, now.iteration, epoch)).permutation(len(pairs))
         rows = [pairs[i] for i in order[position * cfg.rft.batch_size : (position + 1) * cfg.rft.batch_size]]
-        ids_BT, mask_BT, _ = pad_rows([p for p, _ in rows], [r for _, r in rows], [[0.0] * len(r) for _, r in rows])
-        weight_BT = token_weights(mask_BT, "token", num_tokens=int(mask_BT.sum()), num_rows=len(rows), max_new_tokens=0)
-        batch = {"ids": ids_BT, "mask": mask_BT, "weight": weight_BT}
-        lengths = [len(p) + len(r) for p, r in rows]
+        num_tokens = sum(len(response) for _, response in rows)
         lr = cfg.rft.lr * min((step + 1) / (cfg.rft.warmup_steps + 1), (num_steps - step) / num_steps)
         set_lr(optimizer, lr)
         step_loss = 0.0
-        for ids, mask, weight in micro_slices(batch, lengths, cfg.compute.micro_batch_tokens):
-            logp, _ = token_logprobs(policy, ids, mask)
-            loss = sft_loss(logp, weight)
+        for batch, _ in micro_batches([(prompt, [response]) for prompt, response in rows], cfg.compute.micro_batch_tokens):
+            logp, _ = token_logprobs(policy, batch)
+            loss = sft_loss(logp, torch.full_like(logp, 1 / num_tokens))
             loss.backward()
             step_loss += loss.item()
-        grad_norm = finish_step(policy, optimizer, step_loss, batch, run)
+        grad_norm = finish_step(policy, optimizer, step_loss, [{"prompt_ids": p, "ids": r} for p, r in rows], run)
         losses.append(step_loss)
         record = {"phase": "rft", "iteration": now.iteration, "step": step + 1, "rl_steps": now.rl_steps}
         record |= {"rft/loss": step_loss, "rft/lr": lr, "rft/grad_norm": grad_norm}

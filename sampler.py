@@ -112,7 +112,7 @@ def sample(
         rows = [rows[i] for i in order]
         if rows:
             pos_R1 = torch.tensor([[row.pos - 1] for row in rows], device=device)
-            logits_RV = model.logits(model.hidden(id_R[order, None], pos_R1, cache)[:, -1])
+            logits_RV = model.logits(model.hidden(id_R[order, None], pos_R1, cache.at(pos_R1))[:, -1])
         else:
             logits_RV = logits_RV[:0]
     bar.close()
@@ -146,7 +146,8 @@ def _prefill(model: Transformer, prompts: list[list[int]], chosen: list[int], pr
     T = int(length_P.max())
     ids_PT = torch.tensor([prompts[p] + [0] * (T - len(prompts[p])) for p in chosen], device=device)
     cache = KVCache(model, len(chosen), T)
-    x_PTD = model.hidden(ids_PT, torch.arange(T, device=device).expand(len(chosen), T), cache)
+    pos_PT = torch.arange(T, device=device).expand(len(chosen), T)
+    x_PTD = model.hidden(ids_PT, pos_PT, cache.at(pos_PT))
     logits_PV = model.logits(x_PTD[torch.arange(len(chosen), device=device), length_P - 1])
     prefilled.update({p: (cache, i, logits_PV[i]) for i, p in enumerate(chosen)})
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL_RUN
-from safetensors.torch import load_file
 
 import rloop
 from config import load_config
 from data import load_problems
 from data.tokenizer import Tokenizer
 from model import Transformer
-from rloop import Trajectory, group_advantages, grpo_loss, kl_loss, pass_at_k, select_experts, sft_loss, token_logprobs, token_weights
+from packing import pack, token_logprobs
+from rloop import Trajectory, group_advantages, grpo_loss, kl_loss, pass_at_k, select_experts, sft_loss, token_weights
 from rundir import RunDir
 from sampler import sample
 
@@ -134,14 +134,16 @@ def test_grpo_loss_ignores_garbage_behind_the_mask():
 
 def test_losses_and_logprobs_leave_their_arguments_alone(tiny):
     """Fault: an in-place write through a view of the caller's ids, mask or rewards."""
-    ids, mask, old = rloop.pad_rows([[3, 4], [5]], [[6, 7, 0], [8, 0]], [[-1.0] * 3, [-2.0] * 2])
-    reward, before = torch.tensor([[1.0], [0.0]]), [ids.clone(), mask.clone(), old.clone()]
-    logp, _ = token_logprobs(tiny, ids, mask, 0.5)
-    weight = token_weights(mask, "token", num_tokens=5, num_rows=2, max_new_tokens=4)
+    groups = [([3, 4], [[6, 7, 0]]), ([5], [[8, 0]])]
+    batch, old, mask = pack(groups), torch.tensor([-1.0] * 3 + [-2.0] * 2), torch.tensor([[True, True, True], [True, True, False]])
+    tensors = [old, mask, *(value for value in vars(batch).values() if isinstance(value, torch.Tensor))]
+    reward, before = torch.tensor([[1.0], [0.0]]), [tensor.clone() for tensor in tensors]
+    logp, _ = token_logprobs(tiny, batch, 0.5)
+    weight = token_weights(mask, "token", num_tokens=5, num_rows=2, max_new_tokens=4)[mask]
     weight_before, logp_before = weight.clone(), logp.detach().clone()
-    grpo_loss(logp, old, group_advantages(reward).expand(2, 5), weight, clip_low=0.2, clip_high=0.28)
+    grpo_loss(logp, old, group_advantages(reward).expand(2, 3)[mask], weight, clip_low=0.2, clip_high=0.28)[0].backward()
     kl_loss(logp, old, weight), sft_loss(logp, weight)
-    assert all(torch.equal(a, b) for a, b in zip(before, (ids, mask, old), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True)) and groups == [([3, 4], [[6, 7, 0]]), ([5], [[8, 0]])]
     assert torch.equal(weight, weight_before) and torch.equal(logp, logp_before) and reward.tolist() == [[1.0], [0.0]]
 
 
@@ -170,38 +172,25 @@ def test_overlong_penalty_by_hand():
 # ---- log-probs
 
 
-def test_token_logprobs_equal_log_softmax_and_transformers_layout(tiny):
-    """Fault: the shift by one token, the temperature, or the mask of log-probs and entropies."""
-    ids, mask, _ = rloop.pad_rows([[3, 4], [5]], [[6, 7, 0], [8, 0]], [[0.0] * 3, [0.0] * 2])
-    assert mask.tolist() == [[False, False, True, True, True], [False, True, True, False, False]]
-    logp, entropy = token_logprobs(tiny, ids, mask, 0.7)
-    reference = (tiny(ids) / 0.7).log_softmax(-1)
-    for b, t in itertools.product(range(2), range(5)):
-        expected = reference[b, t - 1, ids[b, t]].item() if mask[b, t] else 0.0
-        expected_entropy = -(reference[b, t - 1].exp() * reference[b, t - 1]).sum().item() if mask[b, t] else 0.0
-        assert logp[b, t].item() == pytest.approx(expected, abs=1e-5)
-        assert entropy[b, t].item() == pytest.approx(expected_entropy, abs=1e-5)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_trainer_logprobs_equal_sampler_logprobs(tiny, temperature):
     """Fault: the loss sees another distribution than the one that was sampled (temperature left out, stop token dropped)."""
     prompts = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8]]
     groups = sample(tiny, prompts, num_samples=4, max_new_tokens=10, temperature=temperature, stop_ids={0, 7}, seed=0, max_rows=5)
-    rows = [(p, c) for p, g in zip(prompts, groups, strict=True) for c in g]
-    ids, mask, old = rloop.pad_rows([p for p, _ in rows], [c.ids for _, c in rows], [c.logps for _, c in rows])
-    logp, _ = token_logprobs(tiny, ids, mask, temperature)
-    assert mask.sum() == sum(len(c.ids) for _, c in rows)
+    batch = pack([(p, [c.ids for c in g]) for p, g in zip(prompts, groups, strict=True)])
+    old = torch.tensor([logp for g in groups for c in g for logp in c.logps])
+    logp, _ = token_logprobs(tiny, batch, temperature)
     assert (logp - old).abs().max() < 2e-5
 
 
 def test_eos_gets_gradient(tiny):
     """Fault: the stop token is masked out (by `ids == pad` or by position), so the policy never learns to stop."""
-    ids, mask, _ = rloop.pad_rows([[3, 4]], [[6, 0]], [[0.0] * 2])
-    logp, _ = token_logprobs(tiny, ids, mask)
+    logp, _ = token_logprobs(tiny, pack([([3, 4], [[6, 0]])]))
     logp.retain_grad()
-    sft_loss(logp, token_weights(mask, "token", num_tokens=2, num_rows=1, max_new_tokens=0)).backward()
-    assert logp.grad[0].tolist() == [0, 0, -0.5, -0.5]
+    sft_loss(logp, torch.full((2,), 0.5)).backward()
+    assert logp.grad.tolist() == [-0.5, -0.5]
+    gradient = tiny.model.embed_tokens.weight.grad  # tied: pushed towards the stop token, 0, at its place
+    assert gradient[0].abs().max() > gradient[1].abs().max()
 
 
 def gradient_of_update(small_run, tiny, name, groups, *overrides):
@@ -268,17 +257,9 @@ def test_non_finite_loss_stops_and_saves_the_batch(small_run, tiny, groups):
     groups[1][2].logps[0] = math.nan
     with pytest.raises(FloatingPointError, match="nonfinite_batch"):
         rloop.update(tiny, torch.optim.AdamW(tiny.parameters(), lr=0.1), None, groups, run)
-    assert set(load_file(run.path / "nonfinite_batch.safetensors")) == {"ids", "mask", "old_logp", "adv", "weight"}
+    saved = run.read("nonfinite_batch.jsonl")
+    assert len(saved) == 12 and math.isnan(saved[6]["logps"][0]) and saved[6]["ids"] == groups[1][2].ids
     assert all(torch.equal(before[n], w) for n, w in tiny.state_dict().items())
-
-
-def test_micro_batches_hold_every_row_once_longest_first():
-    """Fault: a row is lost or doubled; the longest batch comes late, and with it the lack of memory."""
-    lengths = [3, 9, 4, 4, 12, 1, 7]
-    batches = rloop.micro_batches(lengths, 16)
-    assert sorted(itertools.chain(*batches)) == list(range(7)) and batches[0] == [4]
-    assert all(len(b) == 1 or lengths[b[0]] * len(b) <= 16 for b in batches)
-    assert all(lengths[b[0]] == max(lengths[i] for i in b) for b in batches)
 
 
 # ---- filter

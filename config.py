@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 METHODS = ("rloop", "rl", "eval", "sft")
+DTYPES = ("float32", "bfloat16")
 AGGREGATIONS = ("token", "sequence", "constant")
 
 
@@ -58,6 +59,8 @@ class RLConfig:
     aggregation: str  # "token" (DAPO), "sequence" (GRPO) or "constant" (Dr.GRPO)
     normalize_std: bool  # divide advantages by the group's std; false = Dr.GRPO
     kl_coef: float  # weight of the k3 KL to the phase's start, nat; DAPO: 0 = off
+    recompute_logprobs: bool  # old log-probs from the trainer instead of the sampler, for one more forward pass
+    importance_cap: float  # truncated importance sampling: tokens weigh min(trainer / sampler probability, this); 0 = off
     overlong_buffer: int  # tokens before max_new_tokens in which DAPO's soft penalty grows; 0 = off
 
 
@@ -94,6 +97,7 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     threads: int  # CPU threads of torch
+    dtype: str  # "float32" or "bfloat16": of the products in sampling and training; weights, log-probs and losses stay float32
     max_rows: int  # responses decoded at once; changes speed and memory, not the result
     micro_batch_tokens: int  # padded tokens a forward/backward pass may hold; changes memory, not the gradient
 
@@ -116,7 +120,8 @@ class Config:
     compute: ComputeConfig
 
     def __post_init__(self):
-        for key, value, allowed in (("method", self.method, METHODS), ("rl.aggregation", self.rl.aggregation, AGGREGATIONS)):
+        for key, allowed in (("method", METHODS), ("rl.aggregation", AGGREGATIONS), ("compute.dtype", DTYPES)):
+            value = _get(self, key)
             if value not in allowed:
                 raise ValueError(f"{key} = {value!r}: expected one of {', '.join(map(repr, allowed))}")
         for key in POSITIVE:
@@ -129,6 +134,10 @@ class Config:
             raise ValueError(f"rl.clip_low = {self.rl.clip_low}: must be below 1 (the lower clip bound is 1 - clip_low)")
         if self.rl.minibatches > self.rl.problems_per_step:
             raise ValueError(f"rl.minibatches = {self.rl.minibatches}: must not exceed rl.problems_per_step = {self.rl.problems_per_step}")
+        if self.rl.importance_cap > 0 and not self.rl.recompute_logprobs:
+            raise ValueError(
+                f"rl.importance_cap = {self.rl.importance_cap}: needs rl.recompute_logprobs = true, or there is nothing to correct"
+            )
         if self.rl.overlong_buffer >= self.sampling.max_new_tokens:
             raise ValueError(
                 f"rl.overlong_buffer = {self.rl.overlong_buffer}: must be below sampling.max_new_tokens = {self.sampling.max_new_tokens}"
@@ -147,7 +156,17 @@ POSITIVE = (
     *("compute.max_rows", "compute.micro_batch_tokens", "data.countdown_numbers", "data.countdown_max"),
 )
 NOT_NEGATIVE = (
-    *("seed", "rl.lr", "rl.warmup_steps", "rl.kl_coef", "rl.clip_low", "rl.overlong_buffer", "rft.lr", "rft.warmup_steps"),
+    *(
+        "seed",
+        "rl.lr",
+        "rl.warmup_steps",
+        "rl.kl_coef",
+        "rl.clip_low",
+        "rl.overlong_buffer",
+        "rl.importance_cap",
+        "rft.lr",
+        "rft.warmup_steps",
+    ),
     *("optimizer.weight_decay", "eval.top_k", "data.train_size", "data.eval_size", "data.num_demonstrations"),
 )
 

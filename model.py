@@ -257,6 +257,15 @@ class Transformer(nn.Module):
         """[V, D]; the embedding's, if they are tied."""
         return (self.model.embed_tokens if self.config.tie_embeddings else self.lm_head).weight
 
+    def copy_as(self, dtype: torch.dtype) -> "Transformer":
+        """The model with its weights in another dtype, for sampling; itself when that is its own."""
+        if self.head_weight.dtype == dtype:
+            return self
+        with torch.device("meta"):
+            copy = Transformer(self.config)
+        copy.load_state_dict({name: tensor.to(dtype) for name, tensor in self.state_dict().items()}, assign=True)
+        return copy
+
     def init_weights(self, seed: int) -> None:
         """Fresh weights: normal with config.json's initializer_range as std, residual outputs scaled by 1/sqrt(2L) (GPT-2)."""
         std = self.config.hf_config.get("initializer_range", 0.02)

@@ -67,6 +67,7 @@ class Packed:
     pos_M: Tensor
     targets_Q: Tensor  # ids of the response tokens
     predictors_Q: Tensor  # index in ids_M of the token before each of them
+    response_lengths: list[int]
     prompts: _Slots  # [N, 1, P]
     responses: _Slots  # [N, G, R]
 
@@ -111,6 +112,7 @@ def pack(groups: list[Group]) -> Packed:
         pos_M=torch.tensor(pos),
         targets_Q=torch.tensor(ids[num_prompt_tokens:]),
         predictors_Q=torch.tensor(predictors),
+        response_lengths=[T for row in lengths for T in row],
         prompts=_Slots.of([[len(prompt)] for prompt, _ in groups], 1),
         responses=_Slots.of(lengths, max(map(len, lengths))),
     )

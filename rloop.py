@@ -7,7 +7,7 @@
             sample G responses to each of P problems, score 0/1      sample_groups, respond
             drop groups whose rewards are all equal, refill          sample_groups
             A = (r - mean(r)) / std(r) within a group                group_advantages
-            phi += clipped policy-gradient step                      update, grpo_loss, token_weights
+            phi += clipped policy-gradient step                      update, accumulate_gradient, grpo_loss
             D += every trajectory of the step
         E = successes in D on hard problems, deduplicated, capped    select_experts
         theta_{i+1} = SFT of theta_i (not phi) on E                  rft, sft_loss
@@ -217,7 +217,7 @@ def respond(
     start = time.perf_counter()
     prompts = [encode_prompt(tokenizer, p.prompt, cfg, p.context) for p in problems]
     limits = {"max_new_tokens": cfg.sampling.max_new_tokens, "stop_ids": tokenizer.stop_ids, "max_rows": cfg.compute.max_rows}
-    completions = sample(policy, prompts, seed=seed, **limits, **sampling)
+    completions = sample(policy.copy_as(getattr(torch, cfg.compute.dtype)), prompts, seed=seed, **limits, **sampling)
     sampled = time.perf_counter()
     flat = [(p, prompt, c) for p, prompt, group in zip(problems, prompts, completions, strict=True) for c in group]
     texts = [tokenizer.decode(c.ids) for _, _, c in flat]
@@ -268,55 +268,82 @@ def sample_groups(policy, tokenizer, problems, run: RunDir, step: int) -> tuple[
     return usable, sampled, seconds
 
 
-def update(policy: Transformer, optimizer, reference: Transformer | None, groups: list[list[Trajectory]], run: RunDir) -> dict[str, float]:
-    """One RL update on the usable groups, in minibatches optimizer steps of micro-batches. Returns the step's metrics."""
-    cfg, max_new_tokens = run.cfg, run.cfg.sampling.max_new_tokens
-    reward_NG = torch.tensor([[t.reward + overlong_penalty(len(t.ids), max_new_tokens, cfg.rl.overlong_buffer) for t in g] for g in groups])
-    adv_NG = group_advantages(reward_NG, normalize_std=cfg.rl.normalize_std)
-    totals: dict[str, float] = dict.fromkeys(("loss", "grad_norm", "kl", "entropy", "tokens", "clip_low", "clip_high"), 0.0)
-    gap_mean, gap_max = 0.0, 0.0
-    splits = np.array_split(np.arange(len(groups)), min(cfg.rl.minibatches, len(groups)))
-    for number, split in enumerate(splits):
-        rows = [t for n in split for t in groups[n]]
-        length_B = torch.tensor([len(t.ids) for t in rows])
-        num_tokens = int(length_B.sum())
-        adv_B = adv_NG[split].flatten()
-        mask_BT = torch.arange(int(length_B.max())) < length_B[:, None]
-        weight_BT = token_weights(
-            mask_BT, cfg.rl.aggregation, num_tokens=num_tokens, num_rows=len(rows), max_new_tokens=max_new_tokens
-        )  # fmt: skip
-        step_loss = 0.0
-        packed = [(groups[n][0].prompt_ids, [t.ids for t in groups[n]]) for n in split]
-        for batch, members in micro_batches(packed, cfg.compute.micro_batch_tokens):
-            old_logp = torch.tensor([logp for b in members for logp in rows[b].logps])
-            adv, weight = adv_B[members].repeat_interleave(length_B[members]), weight_BT[members][mask_BT[members]]
+def compute_precision(cfg: Config) -> torch.autocast:
+    """Where the products of the forward pass are of compute.dtype; weights, log-probs and losses are float32 all the same."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cfg.compute.dtype == "bfloat16")
+
+
+def id_groups(groups: list[list[Trajectory]]) -> list[tuple[list[int], list[list[int]]]]:
+    return [(group[0].prompt_ids, [t.ids for t in group]) for group in groups]
+
+
+@torch.no_grad()
+def response_logprobs(model: Transformer, groups: list[list[Trajectory]], cfg: Config) -> list[Tensor]:
+    """Log-probs of every response's tokens, one tensor a response, as the trainer computes them."""
+    logps: dict[int, Tensor] = {}
+    with compute_precision(cfg):
+        for batch, members in micro_batches(id_groups(groups), cfg.compute.micro_batch_tokens):
+            logp, _ = token_logprobs(model, batch, cfg.sampling.temperature)
+            logps |= zip(members, logp.split(batch.response_lengths), strict=True)
+    return [logps[b] for b in range(len(logps))]
+
+
+def accumulate_gradient(
+    policy: Transformer, groups: list[list[Trajectory]], adv_NG: Tensor, old_logps: list[Tensor], ref_logps: list[Tensor], cfg: Config
+) -> dict[str, float]:  # fmt: skip
+    """Add the gradient of one optimizer step's loss, in micro-batches. old_logps and ref_logps hold one tensor a response (ref_logps none
+    without a KL term). Returns the loss (nat) and, over the step's tokens, their number, sums and the largest gap to the sampler."""
+    rows = [t for group in groups for t in group]
+    length_B = torch.tensor([len(t.ids) for t in rows])
+    mask_BT = torch.arange(int(length_B.max())) < length_B[:, None]
+    budget = {"num_tokens": int(length_B.sum()), "num_rows": len(rows), "max_new_tokens": cfg.sampling.max_new_tokens}
+    weight_BT, adv_B = token_weights(mask_BT, cfg.rl.aggregation, **budget), adv_NG.flatten()
+    totals = dict.fromkeys(("loss", "kl", "entropy", "gap", "gap_max", "tokens", "clip_low", "clip_high"), 0.0)
+    with compute_precision(cfg):
+        for batch, members in micro_batches(id_groups(groups), cfg.compute.micro_batch_tokens):
+            weight, adv = weight_BT[members][mask_BT[members]], adv_B[members].repeat_interleave(length_B[members])
+            old_logp = torch.cat([old_logps[b] for b in members])
+            sampler_logp = torch.tensor([logp for b in members for logp in rows[b].logps])
+            if cfg.rl.importance_cap > 0:
+                weight = weight * (old_logp - sampler_logp).exp().clamp(max=cfg.rl.importance_cap)
             logp, entropy = token_logprobs(policy, batch, cfg.sampling.temperature)
-            loss, sums = grpo_loss(logp, old_logp, adv, weight, clip_low=cfg.rl.clip_low, clip_high=cfg.rl.clip_high)
-            if reference is not None:
-                with torch.no_grad():
-                    ref_logp, _ = token_logprobs(reference, batch, cfg.sampling.temperature)
-                kl = kl_loss(logp, ref_logp, weight)
+            loss, counts = grpo_loss(logp, old_logp, adv, weight, clip_low=cfg.rl.clip_low, clip_high=cfg.rl.clip_high)
+            if ref_logps:
+                kl = kl_loss(logp, torch.cat([ref_logps[b] for b in members]), weight)
                 loss = loss + cfg.rl.kl_coef * kl
-                totals["kl"] += kl.item() / len(splits)
+                totals["kl"] += kl.item()
             loss.backward()
-            step_loss += loss.item()
-            totals["entropy"] += entropy.sum().item()
-            totals = {name: value + (sums[name].item() if name in sums else 0) for name, value in totals.items()}
-            if number == 0:  # later minibatches see a policy that has moved away from the sampler's
-                gap = (logp.detach() - old_logp).abs()
-                gap_mean, gap_max = gap_mean + gap.sum().item() / num_tokens, max(gap_max, gap.max().item())
-        totals["loss"] += step_loss / len(splits)
-        totals["grad_norm"] += finish_step(policy, optimizer, step_loss, [vars(t) for t in rows], run) / len(splits)
-    tokens = totals["tokens"]
+            gap = (logp.detach() - sampler_logp).abs()
+            counts |= {"loss": loss, "entropy": entropy.sum(), "gap": gap.sum()}
+            totals = {name: value + (counts[name].item() if name in counts else 0.0) for name, value in totals.items()}
+            totals["gap_max"] = max(totals["gap_max"], gap.max().item())
+    return totals
+
+
+def update(policy: Transformer, optimizer, reference: Transformer | None, groups: list[list[Trajectory]], run: RunDir) -> dict[str, float]:
+    """One RL update on the usable groups, in minibatches optimizer steps. Returns the step's metrics."""
+    cfg, limit = run.cfg, run.cfg.sampling.max_new_tokens
+    reward_NG = torch.tensor([[t.reward + overlong_penalty(len(t.ids), limit, cfg.rl.overlong_buffer) for t in g] for g in groups])
+    adv_NG = group_advantages(reward_NG, normalize_std=cfg.rl.normalize_std)
+    sampled_logps = [torch.tensor(t.logps) for group in groups for t in group]
+    old_logps = response_logprobs(policy, groups, cfg) if cfg.rl.recompute_logprobs else sampled_logps
+    ref_logps = response_logprobs(reference, groups, cfg) if reference is not None else []
+    steps = []
+    for split in np.array_split(np.arange(len(groups)), min(cfg.rl.minibatches, len(groups))):
+        chosen, rows = [groups[n] for n in split], slice(split[0] * len(groups[0]), (split[-1] + 1) * len(groups[0]))
+        totals = accumulate_gradient(policy, chosen, adv_NG[split], old_logps[rows], ref_logps[rows], cfg)
+        totals["grad_norm"] = finish_step(policy, optimizer, totals["loss"], [vars(t) for group in chosen for t in group], run)
+        steps.append(totals)
+    tokens, first = sum(totals["tokens"] for totals in steps), steps[0]  # later minibatches see a policy that has moved away
     return {
-        "rl/loss": totals["loss"],
-        "rl/grad_norm": totals["grad_norm"],
-        "rl/entropy_mean_nat": totals["entropy"] / tokens,
-        "rl/clip_low_share": totals["clip_low"] / tokens,
-        "rl/clip_high_share": totals["clip_high"] / tokens,
-        "rl/logp_gap_mean_nat": gap_mean,
-        "rl/logp_gap_max_nat": gap_max,
-    } | ({"rl/kl_nat": totals["kl"]} if reference is not None else {})
+        "rl/loss": float(np.mean([totals["loss"] for totals in steps])),
+        "rl/grad_norm": float(np.mean([totals["grad_norm"] for totals in steps])),
+        "rl/entropy_mean_nat": sum(totals["entropy"] for totals in steps) / tokens,
+        "rl/clip_low_share": sum(totals["clip_low"] for totals in steps) / tokens,
+        "rl/clip_high_share": sum(totals["clip_high"] for totals in steps) / tokens,
+        "rl/logp_gap_mean_nat": first["gap"] / first["tokens"],
+        "rl/logp_gap_max_nat": first["gap_max"],
+    } | ({"rl/kl_nat": float(np.mean([totals["kl"] for totals in steps]))} if reference is not None else {})
 
 
 def explore(
@@ -387,7 +414,8 @@ def rft(run: RunDir, policy: Transformer, pairs: list[tuple[list[int], list[int]
         set_lr(optimizer, lr)
         step_loss = 0.0
         for batch, _ in micro_batches([(prompt, [response]) for prompt, response in rows], cfg.compute.micro_batch_tokens):
-            logp, _ = token_logprobs(policy, batch)
+            with compute_precision(cfg):
+                logp, _ = token_logprobs(policy, batch)
             loss = sft_loss(logp, torch.full_like(logp, 1 / num_tokens))
             loss.backward()
             step_loss += loss.item()

@@ -50,6 +50,8 @@ def test_integer_for_a_float_is_fine(countdown_toml):
         (["--sampling.temperature", "0"], "sampling.temperature"),
         (["--seed", "-1"], "seed = -1"),
         (["--data.prompt", "hello"], "{problem}"),
+        (["--compute.dtype", "float16"], "compute.dtype = 'float16': expected one of 'float32', 'bfloat16'"),
+        (["--rl.importance_cap", "2"], "needs rl.recompute_logprobs = true"),
     ],
 )
 def test_bad_override_names_the_key(countdown_toml, overrides, message):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL_RUN
+from safetensors.torch import load_file
 
 import rloop
 from config import load_config
@@ -240,6 +241,54 @@ def test_update_gradient_equals_a_direct_computation(small_run, tiny, groups):
                 (-advantage / num_tokens * logp[len(t.prompt_ids) + j - 1, token]).backward(retain_graph=True)
     for name, weight in tiny.named_parameters():
         torch.testing.assert_close(got[name], weight.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_recomputed_logprobs_replace_the_samplers(small_run, tiny, groups):
+    """Fault: with a sampler of other precision the ratio is not 1 before the first update, or its gap is not logged."""
+    options = ("--optimizer.grad_clip", "1e9", "--rl.recompute_logprobs", "true", "--compute.micro_batch_tokens", "40")
+    expected, _ = gradient_of_update(small_run, tiny, "a", groups, "--optimizer.grad_clip", "1e9")
+    for t in itertools.chain(*groups):
+        t.logps = [logp - 0.5 for logp in t.logps]
+    got, metrics = gradient_of_update(small_run, tiny, "b", groups, *options)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
+    assert metrics["rl/logp_gap_mean_nat"] == pytest.approx(0.5, abs=1e-4) and metrics["rl/clip_high_share"] == 0
+
+
+def test_importance_weights_are_truncated(small_run, tiny, groups):
+    """Fault: tokens that the trainer finds likelier than the sampler did are not weighted up, or beyond the cap."""
+    options = ("--optimizer.grad_clip", "1e9", "--rl.recompute_logprobs", "true", "--rl.importance_cap")
+    plain, _ = gradient_of_update(small_run, tiny, "a", groups, *options[:-1])
+    groups[1][1].logps = [logp - math.log(3) for logp in groups[1][1].logps]  # trainer / sampler = 3
+    whole, _ = gradient_of_update(small_run, tiny, "b", groups, *options, "5.0")
+    capped, _ = gradient_of_update(small_run, tiny, "c", groups, *options, "2.0")
+    for name in plain:
+        torch.testing.assert_close(2 * (capped[name] - plain[name]), whole[name] - plain[name], rtol=1e-2, atol=1e-5)
+    assert max((whole[name] - plain[name]).abs().max() for name in plain) > 1e-3
+
+
+def test_bfloat16_gradient_is_close_and_weights_stay_float32(small_run, tiny, groups):
+    """Fault: bfloat16 weights or losses (small updates are rounded away), or products of another precision than asked for."""
+    options = ("--optimizer.grad_clip", "1e9", "--compute.micro_batch_tokens", "40")
+    exact, _ = gradient_of_update(small_run, tiny, "a", groups, *options)
+    rounded, metrics = gradient_of_update(small_run, tiny, "b", groups, *options, "--compute.dtype", "bfloat16")
+    for name, weight in tiny.named_parameters():
+        assert weight.dtype == rounded[name].dtype == torch.float32
+        assert torch.cosine_similarity(rounded[name].flatten(), exact[name].flatten(), dim=0) > 0.98, name
+    assert any(not torch.equal(rounded[name], exact[name]) for name in exact) and 1e-4 < metrics["rl/logp_gap_mean_nat"] < 0.1
+
+
+def test_bfloat16_run_is_whole(small_run):
+    """Fault: sampling in bfloat16 leaves its rounded weights in the policy, or the run does not repeat."""
+    runs = [run_whole(small_run(name, "--compute.dtype", "bfloat16", "--rl.recompute_logprobs", "true")) for name in ("a", "b")]
+    assert without_times(runs[0]) == without_times(runs[1])
+    gaps = [r["rl/logp_gap_mean_nat"] for r in runs[0] if "rl/logp_gap_mean_nat" in r]
+    assert gaps and all(1e-5 < gap < 0.1 for gap in gaps)
+    saved = load_file(
+        small_run("a", "--compute.dtype", "bfloat16", "--rl.recompute_logprobs", "true").path / "policies/theta_2/model.safetensors"
+    )
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    assert any((tensor != tensor.bfloat16()).any() for tensor in saved.values())
 
 
 def test_flat_groups_give_zero_gradient(small_run, tiny, groups):

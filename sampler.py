@@ -7,15 +7,19 @@ seeded by (seed, prompt, sample), so which rows share a batch does not matter.
 Shapes: R live rows, P prompts being prefilled, T tokens, V vocabulary, S cache slots.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from model import KVCache, Transformer
+
+BLOCK = 128
 
 
 @dataclass(slots=True)
@@ -52,11 +56,24 @@ def sampled_log_softmax(logits_RV: Tensor, temperature: float, top_p: float = 1.
 
 
 def draw(logp_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the first token whose cumulative probability exceeds the row's uniform number in [0, 1)."""
-    cdf_RV = logp_RV.exp().cumsum(dim=-1)
-    total_R1 = cdf_RV[:, -1:]
-    point_R1 = torch.minimum(uniform_R[:, None].to(cdf_RV) * total_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))
-    return torch.searchsorted(cdf_RV, point_R1, right=True)[:, 0]
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds the row's uniform number in [0, 1).
+
+    First the block of BLOCK tokens is found, then the token in it: a running sum over a whole vocabulary is slow.
+    """
+    num_rows, num_blocks = len(logp_RV), math.ceil(logp_RV.shape[-1] / BLOCK)
+    prob_RCV = F.pad(logp_RV.exp(), (0, num_blocks * BLOCK - logp_RV.shape[-1])).view(num_rows, num_blocks, BLOCK)
+    cdf_RC = prob_RCV.sum(dim=-1).cumsum(dim=-1)
+    point_R1 = _below(uniform_R[:, None].to(cdf_RC) * cdf_RC[:, -1:], cdf_RC[:, -1:])
+    block_R1 = torch.searchsorted(cdf_RC, point_R1, right=True)
+    before_R1 = F.pad(cdf_RC, (1, 0)).gather(-1, block_R1)
+    cdf_RV = prob_RCV[torch.arange(num_rows, device=logp_RV.device), block_R1[:, 0]].cumsum(dim=-1)
+    token_R1 = torch.searchsorted(cdf_RV, _below(point_R1 - before_R1, cdf_RV[:, -1:]), right=True)
+    return (block_R1 * BLOCK + token_R1)[:, 0]
+
+
+def _below(point: Tensor, limit: Tensor) -> Tensor:
+    """The point, or the largest number below the limit: rounding must not find a token behind the last."""
+    return torch.minimum(point, torch.nextafter(limit, torch.zeros_like(limit)))
 
 
 @torch.no_grad()

@@ -103,6 +103,25 @@ def test_draw_never_takes_an_impossible_token():
     assert draw(logp, torch.tensor([0.0, 0.4999, 1 - 2**-53], dtype=torch.float64)).tolist() == [2, 2, 3]
 
 
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 1000])
+def test_draw_equals_brute_force(vocabulary):
+    """Fault: a token of the wrong block, behind the last one, or of probability 0."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(200, vocabulary, generator=generator) * 3
+    logits[torch.rand(logits.shape, generator=generator) < 0.7] = -torch.inf
+    logits[:, vocabulary // 2] = 0.0
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    uniform[:4] = torch.tensor([0.0, 1 - 2**-53, 1 - 2**-24, 2**-60])
+    drawn = draw(logits.log_softmax(-1), uniform)
+    prob = logits.double().softmax(-1)
+    assert (prob.gather(-1, drawn[:, None]) > 0).all()
+    cdf = prob.cumsum(-1)
+    low, high = cdf - prob, cdf  # the uniform number lies in the drawn token's share, up to float32
+    assert (low.gather(-1, drawn[:, None])[:, 0] <= uniform + 1e-6).all() and (
+        high.gather(-1, drawn[:, None])[:, 0] >= uniform - 1e-6
+    ).all()
+
+
 def test_not_finite_logits_stop(tiny):
     """Fault: NaN weights produce text of one repeated token instead of an error."""
     with torch.no_grad():

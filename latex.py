@@ -1,4 +1,4 @@
-"""Maths text (LaTeX or plain) to an expression tree, and the tree to a number: a hand-written recursive-descent parser.
+"""Maths text (LaTeX or plain) to an expression tree: a hand-written recursive-descent parser. evaluation.py makes a number of it.
 
 A node is a tuple, its first entry the kind:
     ("num", Fraction, digits)      digits: significant digits as written with a decimal point or exponent, 0 for an integer
@@ -9,27 +9,21 @@ A node is a tuple, its first entry the kind:
     ("unit", x, ((base, power), ...), factor)
     ("list" | "tuple" | "set" | "ratio" | "union" | "intersection", nodes) ("minus", set, set)
     ("interval", low, high, low_closed, high_closed)
-    ("matrix", rows) ("rel", nodes, operators) ("mod", x, modulus)
+    ("matrix", rows) ("cases", ((value, condition), ...)) ("rel", nodes, operators) ("mod", x, modulus)
 Nothing is evaluated while parsing, and the caps below hold before anything is evaluated. Text is never executed.
 """
 
-import math
 import re
-import threading
 import unicodedata
 from fractions import Fraction
 
-from mpmath.ctx_mp import MPContext
+from units import SCALES, UNITS, unit_of
 
 MAX_CHARS = 2000
 MAX_TOKENS = 1000
 MAX_DEPTH = 60  # brackets, exponents and signs within one another
 MAX_DIGITS = 400  # of one number
-MAX_BITS = 24_000  # of an exact intermediate value
-MAX_EXPONENT = 10**6
-MAX_FACTORIAL = 3000  # computed exactly; above it by the gamma function
-MAX_TERMS = 1000  # of a sum
-MAX_STEPS = 60_000  # of all evaluations for one verdict
+MAX_SUMS = 4  # within one another
 
 
 class NotMath(ValueError):
@@ -42,6 +36,10 @@ class Undefined(ArithmeticError):
 
 class TooHard(ArithmeticError):
     """Exceeds a cap of the evaluation, or is of a kind that only sympy evaluates."""
+
+
+class Exhausted(TooHard):
+    """The steps allowed for one verdict are spent."""
 
 
 # ---- normalise: one spelling for each thing ----
@@ -62,9 +60,21 @@ _STYLE = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|mathstrut|rm|bf|it)(?![a-zA-Z])\.?|\\phantom\s*\{[^{}]*\}|\\label\s*\{[^{}]*\}"
 )
 _THOUSANDS = re.compile(r"(?<=\d)\s*(?:\\[,!; ]|\{\s*,\s*\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))")
+_DECIMAL_COMMA = re.compile(r"\d\{,\}\d")
 _END = re.compile(r"(?:\\[,;:! ]|[.,;:\s])+$|\\+$")
 _RECURRING = re.compile(r"(\d*\.\d*?)(?:(\d)\2{2,}|(\d{2,6}?)\3{1,})(?:\.\.\.|\\[lc]?dots)")  # 0.333..., 0.1212...
 _MOD = re.compile(r"\(\s*\\?mod\s*(\w+)\s*\)")
+_PERIOD = re.compile(r"(?<=\d)\.(\d*)(?:\((\d+)\)|\\(?:bar|dot)\s*\{?(\d+)\}?)")  # 0.1(6), 0.1\bar{6}
+_UNIT_VECTOR = re.compile(r"\\(?:mathbf|boldsymbol|bm|hat|widehat|vec)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|\\?([ijk])(?:math)?\b)")
+_OPEN_INTERVAL = re.compile(r"([\[\]])((?:(?!\\sqrt)[^\[\](),;])+[,;](?:(?!\\sqrt)[^\[\](),;])+)([\[\]])")  # ]0, 1[
+_LOG_BASE = re.compile(r"(?<![\\\w])log(2|10)(?=\()")
+_TO = re.compile(r"\s*(\d+)\s*(?:to|\\text\s*\{\s*to\s*\})\s*(\d+)\s*")  # 3 to 4
+_UNION_LETTER = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])")
+_DEGREES = re.compile(r"\^\s*\{?\s*o\s*\}?(?![a-z])|\^?\\(?:degree|deg)(?![a-z])")
+_DIGITS_AND_LETTERS = re.compile(
+    r"(?<![\w\\])(?:\\(?:text|mathrm)\s*\{)?(\d[\dA-F]*|[\dA-Fa-f]{2,})\}?_\s*(?:16|\{\s*(1[1-6])\s*\})"
+)  # 2A_{16}
+_COMBINATIONS = re.compile(r"(?:\{\s*\})?_\{?(\d+)\}?\s*C_\{?(\d+)\}?")  # {}_5C_2
 _ANGLE_VECTOR = re.compile(r"<([^<>=]+,[^<>=]+)>")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[xX*]\s*10\s*\^")
 
@@ -76,24 +86,50 @@ def normalise(text: str) -> str:
     if not text.isascii():
         text = _fold_unicode(text)
     text = _THOUSANDS.sub("", text.strip().replace("np.", "").replace("math.", ""))
+    text = text.replace("{,}", ".") if _DECIMAL_COMMA.search(text) else text
     if "\\" in text:
         text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cfrac", "\\frac").replace("\\!", "")
-        text = re.sub(r"\\([(\[\])])", " ", text)
-        text = _STYLE.sub(" ", text)
+        text = re.sub(r"\\([(\[\])])", " ", text.replace("\\not=", "\\ne ").replace("\\not =", "\\ne "))
+        text = _UNIT_VECTOR.sub(r"\\vec{\1\2}", _STYLE.sub(" ", text))
+    if text.startswith(("**", "`")):  # Markdown
+        text = text.strip("*`")
     if "$" in text:
         text = _drop_dollars(text)
     text = text.replace("~", " ")
+    if "^" in text or "\\deg" in text:
+        text = _DEGREES.sub(r"^\\circ ", text)
     if "..." in text or "dots" in text:
         text = _RECURRING.sub(r"\1\\overline{\2\3}", text)
     if "mod" in text:
         text = _MOD.sub(r"\\pmod{\1}", text)
     if text[:1] == "<":
         text = _ANGLE_VECTOR.sub(r"(\1)", text)
+    if "[" in text or "]" in text:
+        text = _OPEN_INTERVAL.sub(lambda m: "[("[m[1] == "]"] + m[2] + "])"[m[3] == "["], text)
+    if "to" in text:
+        text = _TO.sub(r"\1:\2", text) if _TO.fullmatch(text) else text
+    if "log" in text:
+        text = _LOG_BASE.sub(r"\\log_{\1}", text)
+    if "U" in text:
+        text = _UNION_LETTER.sub(r" \\cup ", text)
+    if "_" in text:
+        text = _COMBINATIONS.sub(r"\\binom{\1}{\2}", text)
+        text = _DIGITS_AND_LETTERS.sub(_hexadecimal, text)
+    if "." in text:
+        text = _PERIOD.sub(lambda m: f".{m[1]}\\overline{{{m[2] or m[3]}}}", text)
     if text[:1] == "{" and text[-1:] == "}" and "\\" not in text:  # a set in plain text
         text = f"\\{{{text[1:-1]}\\}}"
     text = _TIMES_TEN.sub(r" \\times 10^", text)
     text = text.replace("**", "^") if "^" not in text else text
     return text if text.endswith("...") else _END.sub("", text).lstrip("=: ").removeprefix("\\approx")
+
+
+def _hexadecimal(match: re.Match) -> str:
+    """A number with letters for digits as a decimal; a number without, which the parser reads, as it is."""
+    digits, base = match[1], int(match[2] or 16)
+    if digits.isdigit() or any(int(digit, 16) >= base for digit in digits):
+        return match[0]
+    return str(int(digits, base))
 
 
 def _drop_dollars(text: str) -> str:
@@ -130,6 +166,7 @@ _TOKEN = re.compile(
     r"|(?P<command>\\(?:[a-zA-Z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>[<>!]=|=>|\S)",
     re.DOTALL,
 )
+_UNIT_ENDS = re.compile(r"\s*(?:$|[,;/)])")
 _GROUPED = re.compile(r"(?<!\d,)(?<!\d)\d{1,3}(?:,\d{3})+(?![\d]|,\d)|(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.]| ?\d|/| */)")
 _TEXT_COMMANDS = {
     "text", "mathrm", "textbf", "mathbf", "mbox", "textrm", "textit", "mathit", "mathsf", "operatorname", "hbox", "texttt", "boldsymbol",
@@ -140,7 +177,7 @@ _SYNONYMS = {
     "ast": "cdot", "bullet": "cdot", "div": "/", "varnothing": "emptyset", "dots": "ldots", "cdots": "ldots", "lbrace": "{",
     "rbrace": "}", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "land": "and", "lor": "or", "wedge": "and", "vee": "or",
     "setminus": "backslash", "simeq": "approx", "lbrack": "[", "rbrack": "]", "implies": "rightarrow", "Rightarrow": "rightarrow",
-    "degree": "circ", "colon": ":", "slash": "/", "varphi": "phi", "varepsilon": "epsilon", "arccos": "acos", "arcsin": "asin",
+    "overrightarrow": "vec", "colon": ":", "slash": "/", "varphi": "phi", "varepsilon": "epsilon", "arccos": "acos", "arcsin": "asin",
     "arctan": "atan", "dbinom": "binom", "tbinom": "binom", "Pi": "Pi", "infin": "infty", "doteq": "=", "equiv": "=",
 }  # fmt: skip
 FUNCTIONS = {
@@ -151,20 +188,22 @@ _GREEK = {
     "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma",
     "tau", "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi",
     "Omega", "hbar", "ell", "odot", "nabla", "partial", "mho", "angle", "triangle", "AA", "sim", "perp", "star", "aleph", "prime",
-    "oplus",
+    "oplus", "top", "intercal",
 }  # fmt: skip
 GREEK_WORDS = {"pi", "theta", "alpha", "beta", "lambda", "sigma", "omega", "phi", "mu"}  # in plain text, without a backslash
 _ACCENTS = {
-    "overline", "bar", "vec", "hat", "dot", "ddot", "tilde", "overrightarrow", "widehat", "underline", "mathcal", "mathscr", "mathfrak",
+    "overline", "bar", "vec", "hat", "dot", "ddot", "tilde", "widehat", "underline", "mathcal", "mathscr", "mathfrak",
     "overarc",
 }  # fmt: skip
-_MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _OPENING = {"pi", "infty", "frac", "sum", "prod", "int", "emptyset", "mathbb", "ldots", "dollar", "euro", "pound"}  # may begin a factor
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
 _FILLER = {
     "the", "a", "an", "about", "approximately", "roughly", "exactly", "is", "are", "units", "unit", "total", "only", "old", "long",
     "wide", "tall", "high", "away", "each", "of", "in", "all", "altogether",
 }  # fmt: skip
+_CONDITION_WORDS = {"if", "for", "when", "where", "otherwise", "else"}
+_WHOLE_WORDS = {word for word in _FILLER | _CONDITION_WORDS if len(word) > 1} | {"per", "sq"}  # not products of letters
+_UNITS_OR_LETTERS = {"mg", "ms", "nm", "dm", "um", "mA", "mV", "kN", "kV", "kW", "MW", "MJ", "kJ", "pt", "yd", "mi"}
 
 Token = tuple[str, str, int]  # kind (number, word, text, sign), value, position
 
@@ -204,9 +243,15 @@ def tokenise(text: str) -> list[Token]:
             else:
                 kind, value = "sign", "\\" + name if name[:1].isalpha() or name in ("{", "}", "\\", "%") else name
         elif kind == "word":
-            tokens += _word_tokens(value, start)
+            if value in _UNITS_OR_LETTERS and not (tokens and tokens[-1][0] == "number" and _UNIT_ENDS.match(text, position)):
+                tokens += [("word", letter, start) for letter in value]
+            else:
+                tokens += _word_tokens(value, start)
             continue
         elif kind == "sign":
+            if value == "!=" and tokens and tokens[-1][0] == "number":  # 4!=24
+                tokens.append((kind, "!", start))
+                value = "="
             value = {"<=": "\\le", ">=": "\\ge", "!=": "\\ne", "=>": "\\rightarrow", "%": "\\%"}.get(value, value)
             if value == "~":
                 continue
@@ -276,57 +321,18 @@ def _word_tokens(word: str, position: int, text: bool = False) -> list[Token]:
         return [("function", word[:head], position), *_word_tokens(word[head:], position + head)]
     if word == "in":
         return [("sign", "\\in", position)]
-    if text or len(word) >= 4 or word in UNITS and len(word) > 1 or lower in _FILLER and len(word) > 1:
+    if text or len(word) >= 4 or word in UNITS and len(word) > 1 or lower in _WHOLE_WORDS:
         return [("text", word, position)]
     return [("word", letter, position + i) for i, letter in enumerate(word)]
-
-
-# ---- units ----
-
-UNITS: dict[str, tuple[str, Fraction]] = {}
-for _base, _names in {
-    "m": "m:1 meter:1 metre:1 cm:1/100 centimeter:1/100 centimetre:1/100 mm:1/1000 millimeter:1/1000 km:1000 kilometer:1000 "
-    "kilometre:1000 nm:1/1000000000 in:127/5000 inch:127/5000 ft:381/1250 foot:381/1250 feet:381/1250 yd:1143/1250 "
-    "yard:1143/1250 mi:1609344/1000 mile:1609344/1000 dm:1/10",
-    "g": "g:1 gram:1 kg:1000 kilogram:1000 mg:1/1000 milligram:1/1000",
-    "s": "s:1 sec:1 second:1 ms:1/1000 min:60 minute:60 mins:60 h:3600 hr:3600 hour:3600 day:86400 week:604800",
-    "L": "L:1 liter:1 litre:1 mL:1/1000 ml:1/1000 milliliter:1/1000",
-    "dollar": "dollar:1 USD:1 usd:1 buck:1 cent:1/100",
-    "deg": "deg:1 degree:1",
-    "J": "J:1 joule:1 kJ:1000 kilojoule:1000",
-    "W": "W:1 watt:1 kW:1000",
-    "N": "N:1 newton:1",
-    "V": "V:1 volt:1",
-    "Hz": "Hz:1 hertz:1",
-    "eV": "eV:1",
-    "mol": "mol:1 mole:1",
-    "rad": "rad:1 radian:1",
-    "Pa": "Pa:1 kPa:1000",
-    "yr": "yr:1 year:1",
-    "mph": "mph:1",
-    "K": "K:1 kelvin:1",
-    "lb": "lb:1 lbs:1 pound:1",
-}.items():  # fmt: skip
-    for _entry in _names.split():
-        _name, _, _factor = _entry.partition(":")
-        UNITS[_name] = (_base, Fraction(_factor))
-
-
-def unit_of(word: str) -> tuple[str, Fraction]:
-    """(base, factor) of a unit, in singular or plural; a word that is no known unit is its own base."""
-    lower = word.lower()
-    for form in (word, lower, lower.removesuffix("s"), lower.removesuffix("es")):
-        if form in UNITS:
-            return UNITS[form]
-    word = lower
-    return (word.removesuffix("s") if len(word) > 3 and not word.endswith("ss") else word), Fraction(1)
 
 
 # ---- the parser ----
 
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\approx": "~", "\\in": "in", "\\rightarrow": "->"}
+_CURRENCIES = {f"\\{name}": (((base, 1),), Fraction(1)) for name, base in (("dollar", "dollar"), ("euro", "euro"), ("pound", "sterling"))}
 _MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "vmatrix", "smallmatrix", "array"}
 _CLOSERS = {"(": ")", "[": "]", "\\{": "\\}", "\\langle": "\\rangle", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "{": "}"}
+OTHERWISE = ("text", "otherwise")  # the condition of the last of several cases
 ONE, MINUS_ONE = ("num", Fraction(1), 0), ("num", Fraction(-1), 0)
 
 
@@ -365,6 +371,7 @@ class _Parser:
         self.position = 0
         self.depth = 0
         self.in_bars = 0
+        self.bound: tuple[str, ...] = ()  # indices of the sums around
 
     def peek(self, ahead: int = 0) -> str:
         i = self.position + ahead
@@ -461,16 +468,24 @@ class _Parser:
                 factors.append(self.factor())
             elif self.kind() == "sign" and self.peek() == "/":
                 if self.kind(1) in ("text", "letter") and factors[-1][0] != "num":
-                    break
+                    if len(factors) == 1 or self.tokens[self.position - 1][1] not in UNITS:
+                        break
+                    self.position -= 1  # 5 g/cm^3
+                    return ("unit", self.product(factors[:-1]), *self.unit())
                 self.position += 1
                 if self.kind() == "text":  # "3 / can"
                     return ("unit", self.product(factors), *self.unit(divided=True))
                 factors.append(("inv", self.factor()))
-            elif self.kind() == "text" and self.peek().lower() in _MULTIPLIERS and factors[0][0] == "num":
-                factors.append(integer(_MULTIPLIERS[self.peek().lower()]))
+            elif self.kind() == "text" and self.peek().lower() in SCALES and factors[0][0] == "num":
+                factors.append(integer(SCALES[self.peek().lower()]))
                 self.position += 1
+            elif self.peek() == "\\in" and self.peek(1) in ("", ",", ")", "^") and factors[-1][0] == "num":
+                self.tokens[self.position] = ("text", "inch", 0)
             elif self.kind() in ("text", "letter") and self.is_unit(factors):
                 return ("unit", self.product(factors), *self.unit())
+            elif self.peek() in _CURRENCIES and self.kind(1) != "number":  # 5 €
+                self.position += 1
+                return ("unit", self.product(factors), *_CURRENCIES[self.tokens[self.position - 1][1]])
             elif self.starts_factor():
                 factors.append(self.power(mixed_after=factors[-1] if len(factors) == 1 else None))
                 if factors[-1][0] == "mixed":
@@ -491,7 +506,9 @@ class _Parser:
         return ("mul", tuple(factors))
 
     def starts_factor(self) -> bool:
-        if self.kind() in ("number", "word", "function", "letter"):
+        if self.kind() == "number":
+            return self.peek(1) in ("^", "!") or self.peek(-1) not in (")", "}", "]", "|", "\\%", "!")  # 2^{3} 5^{2}, x3; not (2)1
+        if self.kind() in ("word", "function", "letter"):
             return True
         value = self.peek()
         if value == "|":
@@ -627,12 +644,8 @@ class _Parser:
     def based(self, digits: str) -> tuple:
         """1010_2: a number in another base."""
         self.position += 1
-        braced = self.accept("{")
-        name = self.peek().lower()
-        base = _BASES.get(name, int(name) if name.isdigit() and len(name) < 3 else 0)
-        self.position += 1
-        if braced:
-            self.expect("}")
+        name = self.subscript().lower().replace(" ", "").strip("()")
+        base = _BASES.get(name, int(name) if name.isdecimal() and len(name) < 3 else 0)
         if not 2 <= base <= 36 or not digits.isdigit() or any(int(d) >= base for d in digits):
             raise NotMath(f"not a number in base {base}")
         return integer(int(digits, base))
@@ -650,10 +663,13 @@ class _Parser:
         return ("num", Fraction(start.rstrip(".")) + Fraction(int(period), (10 ** len(period) - 1) * 10**places), 0)
 
     def variable(self, name: str) -> tuple:
-        if name in ("e", "i") and self.peek() != "_":
+        if name in ("e", "i") and self.peek() != "_" and name not in self.bound:
             return ("const", name)
         if self.accept("_"):
             name += "_" + self.subscript()
+        if [self.peek(ahead) for ahead in range(3)] == ["(", "0", ")"]:  # I(0) is no product
+            self.position += 3
+            name += "(0)"
         return ("var", name)
 
     def subscript(self) -> str:
@@ -748,16 +764,14 @@ class _Parser:
         return self.bracketed(opener, closer, items)
 
     def bracketed(self, opener: str, closer: str, items: list[tuple]) -> tuple:
-        if opener in ("\\lfloor", "\\lceil"):
-            return ("fn", "floor" if opener == "\\lfloor" else "ceil", (items[0],))
         if opener == "\\{":
             return items[0] if len(items) == 1 and items[0][0] == "rel" else ("set", tuple(items))
+        if len(items) != 2 and opener + closer in ("(]", "[)") or len(items) > 1 and opener in ("\\lfloor", "\\lceil"):
+            raise NotMath("brackets do not match")
+        if opener in ("\\lfloor", "\\lceil"):
+            return ("fn", "floor" if opener == "\\lfloor" else "ceil", (items[0],))
         if len(items) == 1:
-            if opener in ("{", "(") and items[0][0] == "num" and self.peek() == "_":
-                return self.based(str(items[0][1]))
-            if opener + closer in ("(]", "[)"):
-                raise NotMath("brackets do not match")
-            return ("set", tuple(items)) if opener == "\\{" else items[0]
+            return self.based(str(items[0][1])) if items[0][0] == "num" and self.peek() == "_" else items[0]
         if opener == "{":
             return ("set", tuple(items))
         if len(items) == 2 and (opener == "[" or closer == "]"):
@@ -770,12 +784,16 @@ class _Parser:
             return self.fraction()
         if name in ("pi", "infty"):
             return ("const", "pi" if name == "pi" else "inf")
-        if name in ("dollar", "euro", "pound"):
-            return ("unit", self.factor(), ((name if name != "pound" else "sterling", 1),), Fraction(1))
+        if value in _CURRENCIES:
+            return ("unit", self.factor(), *_CURRENCIES[value])
         if name == "emptyset":
             return ("set", ())
         if name == "mathbb":
-            return ("var", "mathbb " + self.subscript())
+            name = "mathbb " + self.subscript()
+            if self.peek() == "^" and self.peek(1 + (self.peek(1) == "{")) in ("+", "-"):  # the positive ones
+                self.position += 1
+                name += "^" + self.subscript()
+            return ("var", name)
         if name == "ldots":
             return ("text", "...")
         if name in ("sum", "prod", "int"):
@@ -816,10 +834,49 @@ class _Parser:
             if low is None or high is None or low[0] != "rel" or low[2] != ("=",) or low[1][0][0] != "var" and low[1][0] != ("const", "i"):
                 raise NotMath("a sum needs its bounds")
             variable, low = low[1][0][1], low[1][1]
+            self.bound += (variable,)
+            if len(self.bound) > MAX_SUMS:
+                raise NotMath(f"more than {MAX_SUMS} sums within one another")
             body = self.term()
+            self.bound = self.bound[:-1]
         return ("series", name, variable, low, high, body)
 
+    def cases(self) -> tuple:
+        """Values with conditions; or, without any condition, a system of equations."""
+        rows: list[tuple] = []
+        while not self.accept("\\end{cases}"):
+            value, condition = self.relation(), None
+            self.accept(",", ";", ".")
+            if self.accept("&") or self.kind() == "text":
+                condition = self.condition()
+            self.accept("\\\\")
+            rows.append((value, condition))
+        conditions = [condition for _, condition in rows]
+        if rows and not any(conditions):
+            return ("list", tuple(value for value, _ in rows))
+        if not rows or None in conditions[:-1]:
+            raise NotMath("cases without conditions")
+        return ("cases", (*rows[:-1], (rows[-1][0], conditions[-1] or OTHERWISE)))
+
+    def condition(self) -> tuple:
+        start = self.position
+        while self.peek() and self.peek() not in ("\\\\", "\\end{cases}"):
+            self.position += 1
+        tokens = self.tokens[start : self.position]
+        while tokens and (tokens[-1][1] in (",", ";", ".") or tokens[0][1].lower() in _CONDITION_WORDS):
+            tokens = tokens[:-1] if tokens[-1][1] in (",", ";", ".") else tokens[1:]
+        parser = _Parser(tokens)
+        try:
+            node = parser.answer() if tokens else OTHERWISE
+        except NotMath:
+            node = None
+        if node is None or parser.peek():
+            return ("text", " ".join(value for _, value, _ in tokens).lower())
+        return node
+
     def matrix(self, environment: str) -> tuple:
+        if environment == "cases":
+            return self.cases()
         if environment not in _MATRICES:
             raise NotMath(f"unknown environment {environment!r}")
         if environment == "array":
@@ -833,10 +890,14 @@ class _Parser:
         rows = [row for row in rows if row]
         if not rows or len({len(row) for row in rows}) != 1:
             raise NotMath("the rows of a matrix must be of one length")
-        return ("matrix", tuple(map(tuple, rows)))
+        matrix = ("matrix", tuple(map(tuple, rows)))
+        return ("fn", "det", (matrix,)) if environment == "vmatrix" else matrix
 
     def is_unit(self, factors: list[tuple]) -> bool:
-        return self.kind() == "text" or any(f[0] in ("num", "pct", "unit") or f[0] in ("inv", "neg") and f[1][0] == "num" for f in factors)
+        if self.kind() == "text":
+            return self.peek().lower() not in _CONDITION_WORDS
+        has_number = any(f[0] in ("num", "pct", "unit") or f[0] in ("inv", "neg") and f[1][0] == "num" for f in factors)
+        return has_number and self.peek() not in ("e", "i")
 
     def unit(self, divided: bool = False) -> tuple[tuple, Fraction]:
         """The unit behind a value, as powers of base units and the factor to them."""
@@ -844,7 +905,7 @@ class _Parser:
         factor = Fraction(1)
         sign = -1 if divided else 1
         power_ahead = 1
-        while self.kind() in ("text", "letter", "word", "number") or self.peek() in ("/", "\\cdot", "{", "}", "*"):
+        while self.kind() in ("text", "letter", "word") or self.peek() in ("/", "\\cdot", "{", "}", "*"):
             kind, value = self.kind(), self.peek()
             self.position += 1
             if value == "/" or value.lower() == "per":
@@ -856,13 +917,14 @@ class _Parser:
                     powers[base] *= power_ahead
                     power_ahead = 1
             elif kind in ("text", "letter", "word") and value.lower() not in _FILLER:
-                base, one = unit_of(value)
+                bases, one = unit_of(value)
+                if bases[0][0] in ("degC", "degF"):  # degrees Celsius
+                    powers.pop("deg", None)
                 power = self.unit_power() * power_ahead * sign
-                powers[base] = powers.get(base, 0) + power
+                for base, exponent in bases:
+                    powers[base] = powers.get(base, 0) + power * exponent
                 factor *= one**power
                 power_ahead = 1
-            elif kind == "number":
-                raise NotMath("a number in a unit")
         return tuple(sorted((b, p) for b, p in powers.items() if p)), factor
 
     def unit_power(self) -> int:
@@ -875,273 +937,3 @@ class _Parser:
         if not isinstance(value, Fraction) or value.denominator != 1 or not -9 <= value <= 9:
             raise NotMath("not a unit's power")
         return int(value)
-
-
-# ---- evaluation ----
-
-SMALL, LARGE = MPContext(), MPContext()
-SMALL.dps, LARGE.dps = 40, 80
-
-
-def variables(node) -> set[str]:
-    """Names of the free variables."""
-    if not isinstance(node, tuple):
-        return set()
-    if node and node[0] == "var":
-        return {node[1]}
-    if node and node[0] == "series":
-        inner = variables(node[5]) - {node[2]}
-        return inner | variables(node[3]) | variables(node[4])
-    return set().union(*(variables(child) for child in node)) if node else set()
-
-
-def contains(node, kinds: set[str]) -> bool:
-    return isinstance(node, tuple) and bool(node) and (node[0] in kinds or any(contains(child, kinds) for child in node))
-
-
-_budget = threading.local()
-
-
-def start_budget(steps: int = MAX_STEPS) -> None:
-    """What this thread may spend from here on; an evaluation that needs more raises TooHard."""
-    _budget.steps = steps
-
-
-def _spend(steps: int) -> None:
-    _budget.steps = getattr(_budget, "steps", MAX_STEPS) - steps
-    if _budget.steps < 0:
-        raise TooHard("too many steps")
-
-
-class Evaluation:
-    """The value of a tree at a point: a Fraction as long as it is exact, then a real or complex number of the context's precision.
-
-    Raises Undefined or TooHard.
-    """
-
-    def __init__(self, point: dict[str, Fraction], context: MPContext = SMALL, real_only: bool = False):
-        self.point = point
-        self.context = context
-        self.real_only = real_only  # sqrt(x) is Undefined at x = -1
-
-    def value(self, node: tuple):
-        _spend(10 if node[0] == "fn" else 1)
-        method = getattr(self, "_" + node[0], None)
-        if method is None:
-            raise TooHard(f"{node[0]} has no value")
-        value = method(*node[1:])
-        if isinstance(value, Fraction):
-            return self.bounded(value)
-        if not self.context.isfinite(value):
-            raise Undefined("not finite")
-        if self.real_only and self.context.im(value):
-            raise Undefined("not real")
-        return value
-
-    def real(self, value):
-        return self.context.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
-
-    def bounded(self, value: Fraction):
-        """The fraction, or a real number when it has grown too large to stay exact."""
-        bits = value.numerator.bit_length() + value.denominator.bit_length()
-        if bits > 1000:
-            _spend((bits // 1000) ** 2)
-        return self.real(value) if bits > 2 * MAX_BITS else value
-
-    def _num(self, value, digits):
-        return value
-
-    def _var(self, name):
-        if name not in self.point:
-            raise TooHard(f"{name} has no value")
-        return self.point[name]
-
-    def _const(self, name):
-        if name == "inf":
-            raise Undefined("infinity")
-        return {"pi": self.context.pi, "e": self.context.e, "i": self.context.j}[name] * self.context.one
-
-    def _add(self, nodes):
-        total = Fraction(0)
-        for node in nodes:
-            total = self.both(total, self.value(node), lambda a, b: a + b)
-        return total
-
-    def _mul(self, nodes):
-        total = Fraction(1)
-        for node in nodes:
-            total = self.both(total, self.value(node), lambda a, b: a * b)
-        return total
-
-    def both(self, a, b, operation):
-        if isinstance(a, Fraction) and isinstance(b, Fraction):
-            return self.bounded(operation(a, b))
-        return operation(self.real(a), self.real(b))
-
-    def _inv(self, node):
-        value = self.value(node)
-        if value == 0:
-            raise Undefined("division by zero")
-        return 1 / value
-
-    def _neg(self, node):
-        return -self.value(node)
-
-    def _pct(self, node):
-        return self.value(node) / 100
-
-    def _unit(self, node, powers, factor):
-        if powers == (("deg", 1),):
-            return self.real(self.value(node)) * self.context.pi / 180
-        if powers or factor != 1:
-            raise TooHard("a unit within an expression")
-        return self.value(node)
-
-    def _pow(self, base, exponent):
-        b, e = self.value(base), self.value(exponent)
-        if isinstance(e, Fraction) and e.denominator == 1:
-            if abs(e) > MAX_EXPONENT:
-                raise TooHard("exponent too large")
-            if b == 0 and e < 0:
-                raise Undefined("division by zero")
-            if isinstance(b, Fraction) and (b.numerator.bit_length() + b.denominator.bit_length()) * abs(e) <= MAX_BITS:
-                return b ** int(e)
-            return self.real(b) ** int(e)
-        if isinstance(e, Fraction):
-            return self.rational_power(b, e)
-        return self.general_power(b, e)
-
-    def rational_power(self, b, e: Fraction):
-        """Exact where it can be; a negative base has a real odd root."""
-        if b == 0:
-            if e < 0:
-                raise Undefined("division by zero")
-            return Fraction(0)
-        is_real = isinstance(b, Fraction) or not self.context.im(b)
-        if is_real and b < 0 and e.denominator % 2:
-            return self.rational_power(-b, e) * (-1) ** (e.numerator % 2)
-        if isinstance(b, Fraction) and b > 0 and e.denominator <= 64 and abs(e.numerator) <= 64:
-            top, bottom = _exact_root(b.numerator, e.denominator), _exact_root(b.denominator, e.denominator)
-            if top and bottom and top.bit_length() * abs(e.numerator) <= MAX_BITS:
-                return Fraction(top, bottom) ** e.numerator
-        return self.general_power(b, self.real(e))
-
-    def general_power(self, b, e):
-        b, e = self.real(b), self.real(e)
-        if b == 0:
-            raise Undefined("0 to a non-integer power")
-        log = self.context.log(b)
-        self.small(e * log, MAX_EXPONENT)
-        return self.context.exp(e * log)
-
-    def small(self, value, limit=10**15):
-        if abs(value) > limit:
-            raise TooHard("too large")
-        return value
-
-    def _fn(self, name, arguments):
-        values = [self.value(node) for node in arguments]
-        method = getattr(self, "fn_" + name, None)
-        if method is not None:
-            return method(*values)
-        if name not in _ANALYTIC or len(values) != 1:
-            raise TooHard(f"{name} of {len(values)} arguments")
-        x = self.small(self.real(values[0]))
-        try:
-            return getattr(self.context, name)(x)
-        except (ValueError, ZeroDivisionError, OverflowError):
-            raise Undefined(name) from None
-
-    def fn_root(self, x, n):
-        if not isinstance(n, Fraction) or n == 0:
-            raise TooHard("root")
-        if isinstance(x, Fraction) and x < 0 and n == 2:
-            return self.context.j * self.real(self.rational_power(-x, 1 / n))
-        return self.rational_power(x, 1 / n)
-
-    def fn_exp(self, x):
-        return self.general_power(self.context.e * 1, x)
-
-    def fn_ln(self, x):
-        return self.fn_log(x)
-
-    def fn_lg(self, x):
-        return self.fn_log(x, Fraction(10))
-
-    def fn_log(self, x, base=None):
-        if x == 0 or base is not None and (base == 0 or base == 1):
-            raise Undefined("log")
-        log = self.context.log(self.real(x))
-        return log if base is None else log / self.context.log(self.real(base))
-
-    def fn_abs(self, x):
-        return abs(x)
-
-    def fn_floor(self, x):
-        return Fraction(math.floor(self.small(self.as_real(x), 10**30)))
-
-    def fn_ceil(self, x):
-        return Fraction(math.ceil(self.small(self.as_real(x), 10**30)))
-
-    def as_real(self, x):
-        if isinstance(x, Fraction):
-            return x
-        if self.context.im(x):
-            raise Undefined("not real")
-        x = self.context.re(x)
-        nearest = self.context.nint(x)
-        return nearest if abs(x - nearest) < self.context.mpf(10) ** (10 - self.context.dps) else x
-
-    def fn_factorial(self, n):
-        if isinstance(n, Fraction) and n.denominator == 1:
-            if n < 0:
-                raise Undefined("factorial of a negative number")
-            if n <= MAX_FACTORIAL:
-                return Fraction(math.factorial(int(n)))
-        return self.context.gamma(self.small(self.real(n), 10**6) + 1)
-
-    def fn_binom(self, n, k):
-        if all(isinstance(v, Fraction) and v.denominator == 1 for v in (n, k)) and 0 <= n <= MAX_FACTORIAL:
-            return Fraction(math.comb(int(n), int(k))) if k >= 0 else Fraction(0)
-        return self.context.binomial(self.small(self.real(n), 10**6), self.small(self.real(k), 10**6))
-
-    def integers(self, values) -> list[int]:
-        if not all(isinstance(v, Fraction) and v.denominator == 1 for v in values):
-            raise TooHard("not integers")
-        return [int(v) for v in values]
-
-    def fn_gcd(self, *values):
-        return Fraction(math.gcd(*self.integers(values)))
-
-    def fn_lcm(self, *values):
-        return Fraction(math.lcm(*self.integers(values)))
-
-    def fn_max(self, *values):
-        return max(map(self.as_real, values))
-
-    def fn_min(self, *values):
-        return min(map(self.as_real, values))
-
-    def _series(self, name, variable, low, high, body):
-        if name == "int" or low is None or contains(high, {"const"}) or contains(low, {"const"}):
-            raise TooHard("an integral or infinite series")
-        low, high = self.integers([self.value(low), self.value(high)])
-        if high - low > MAX_TERMS:
-            raise TooHard("too many terms")
-        total = Fraction(name == "prod")
-        outer = self.point
-        for k in range(low, high + 1):
-            self.point = {**outer, variable: Fraction(k)}
-            value = self.value(body)
-            total = self.both(total, value, (lambda a, b: a * b) if name == "prod" else (lambda a, b: a + b))
-        self.point = outer
-        return total
-
-
-_ANALYTIC = {"sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
-
-
-def _exact_root(n: int, k: int) -> int:
-    """The k-th root of n when it is an integer, else 0."""
-    root = math.isqrt(n) if k == 2 else round(n ** (1 / k)) if n.bit_length() < 900 else 0
-    return root if root**k == n else 0

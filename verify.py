@@ -83,14 +83,23 @@ def _verify_in_worker(problem, answer: str, timeout_s: float) -> str:
 
 MAX_SENTENCE = 1000
 TAIL_CHARS = 4000  # of the response in which formulas and numbers without a marker are looked for
-_BRACES = re.compile(r"\\boxed\s*\{|\\[{}\\]|[{}]")
+_BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\[{}\\]|[{}]")
 _CUT_OFF_BOX = re.compile(r"\\boxed\s*\{(?!\s*\})")
 _BOX_JOINER = re.compile(r"[\s$.\\()\[\]]*(?:,|;|\\text\s*\{|\\quad|and\b|or\b|\\ |[\s}$])*(?<=[,;\s$}dr])[\s$\\()\[\]]*")
 _PERCENT_BEHIND = re.compile(r"\s*(?:\$|\\\)|\\\])?\s*(?:\\?%|percent\b|pct\b)")
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
 _PHRASE = re.compile(
-    r"\banswer\b\**(?:\s+to\s[^.\n:]{0,80}?)?(?:\s{1,9}(?:is|are)\b|\s{0,9}[:=])(?:\s*:)?|<answer>", re.IGNORECASE
+    r"\b(?:answer|(?:correct|right|best) (?:option|choice))\b\**(?:\s+to\s[^.\n:]{0,80}?)?"
+    r"(?:\s{1,9}(?:is|are)\b|\s{0,9}[:=])(?:\s*:)?|<answer>",
+    re.IGNORECASE,
 )  # an unclosed tag: generation stopped at </answer>
+_ADVERB = re.compile(r"(?:therefore|thus|hence|then|simply|just|clearly|indeed)\b[,:\s]*")
+_IS_THE_ANSWER = re.compile(
+    r"(\$[^$\n]{1,200}\$|(?<![\w.,])-?\d[\d.,/]*\s?\\?%?|\b[A-J]\b)\)?\s+is\s+(?:the|our|my)\s+(?:final\s+|correct\s+|right\s+)?answer\b"
+)
+_CHOICE = re.compile(r"\b(?:option|choice|choose|select|pick)\s+\(?([A-J])\b(?!')")
+_ONLY_CHOICE = re.compile(r"[\s*(\\$]*([A-J])[\s*).\\$]*")
+_END_OF_TEXT = re.compile(r"(?:\s*(?:<\|\w{1,20}\|>|</s>))+\s*$")
 _AFTERTHOUGHT = re.compile(r"(?:,?\s+(?:which|where|because|since|so|when|if|as)\b|\s+\([^()$\\]*[a-z]{3,}\s[^()$\\]*\)$)")
 _FORMULA_JOINER = re.compile(r"\s*(?:,|;|,?\s*and|,?\s*or)\s*")
 _VERB = re.compile(r"\s(?:is|are|equals)\s+")
@@ -99,13 +108,16 @@ _DISPLAY = re.compile(r"\\\[(.{1,2000}?)\\\]|\\\((.{1,2000}?)\\\)|\$\$(.{1,2000}
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _PROSE = re.compile(r"(?<![\\A-Za-z{])(?!sin|cos|tan|log|and|mod)[A-Za-z]?[a-z]{2,}")
 _LAST_NUMBER = re.compile(
-    r"(?:(?<![\w)])[-−])?(?<![A-Za-z_\d.,])(?:\d+ \d+/\d+|\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/\d+)?|\.\d+)(?:\s?\\?%)?(?: or \d+)?"
+    r"(?:(?<![\w)])[-−])?(?<![A-Za-z_\d.,])(?:\d+ \d+/\d+|\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/\d+)?|\.\d+)"
+    r"(?:\^\d+)?(?:\s?π)?(?:\s?\\?%)?(?: or \d+)?"
 )
 
 
 def extract_answer(text: str) -> str | None:
     """The text of the final answer, or None. In this order, the last of its kind winning: <answer>x</answer>; \\boxed{x}, or several
-    joined by and / or / comma; `#### x`; "answer is x" / "Answer: x"; the last formula or number, whichever comes later."""
+    joined by and / or / comma; `#### x`; "answer is x" / "Answer: x"; "x is the answer"; the last formula or number, whichever comes later;
+    the letter of a choice."""
+    text = text[:-100] + _END_OF_TEXT.sub("", text[-100:])
     tagged = extract_tagged(text)
     if tagged is not None:
         return extract_boxed(tagged) or _behind_phrase(tagged) or tagged or None
@@ -116,21 +128,24 @@ def extract_answer(text: str) -> str | None:
     found = _HASHES.match(text, hashes) if hashes >= 0 else None
     if found:
         return found[1].strip().strip("*").strip() or None
-    return _behind_phrase(text) or _last_formula(text[-TAIL_CHARS:])
+    return _behind_phrase(text) or _before_phrase(text[-TAIL_CHARS:]) or _last_formula(text[-TAIL_CHARS:]) or _chosen(text[-TAIL_CHARS:])
 
 
 def extract_tagged(text: str) -> str | None:
     """What stands in the last <answer>...</answer>, or None."""
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
-    return text[start + len("<answer>") : end].strip() if start >= 0 else None
+    for tag in ("answer>", "ANSWER>", "Answer>"):
+        end = text.rfind("</" + tag)
+        start = text.rfind("<" + tag, 0, end) if end >= 0 else -1
+        if start >= 0:
+            return text[start + 1 + len(tag) : end].strip()
+    return None
 
 
 def extract_boxed(text: str) -> str | None:
     """What the last closed \\boxed{...} holds, braces nested to any depth, with the boxes joined to it by and / or / comma; or None.
 
     A percent sign right behind the box belongs to it."""
-    if "\\boxed" not in text:
+    if "box" not in text:
         return None
     boxes = [box for box in _boxes(text) if text[box[1] : box[2]].strip()]
     if not boxes:
@@ -157,7 +172,7 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
                 boxes.append((*opened, mark.start()))
         elif mark.group() == "{":
             open_braces.append(None)
-        elif mark.group().startswith("\\boxed"):
+        elif mark.group()[1].isalpha():
             open_braces.append((mark.start(), mark.end()))
     return boxes
 
@@ -170,6 +185,8 @@ def _behind_phrase(text: str) -> str | None:
     if found is None:
         return None
     rest = text[found.end() : found.end() + TAIL_CHARS].lstrip(" \t\n:*#_")
+    adverb = _ADVERB.match(rest)
+    rest = rest[adverb.end() :] if adverb else rest
     display = _DISPLAY.match(rest)
     if display and not re.match(r"\s*(?:,|and\b|or\b)", rest[display.end() :]):
         return max(display.groups(""), key=len).strip() or None
@@ -177,6 +194,18 @@ def _behind_phrase(text: str) -> str | None:
     sentence = (rest[: end.start()] if end else rest)[:MAX_SENTENCE].strip(' *_`"')
     letter = re.match(r"\(?([A-J])\)?,?\s+(?!and\b|or\b)[a-z]{2,}", sentence)
     return (letter[1] if letter else _without_prose(sentence)) or None
+
+
+def _before_phrase(text: str) -> str | None:
+    """42 of "42 is the answer"."""
+    found = _IS_THE_ANSWER.findall(text)
+    return found[-1].strip() if found else None
+
+
+def _chosen(text: str) -> str | None:
+    only = _ONLY_CHOICE.fullmatch(text)
+    chosen = [only[1]] if only else _CHOICE.findall(text)
+    return chosen[-1] if chosen else None
 
 
 def _without_prose(sentence: str) -> str:

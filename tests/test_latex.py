@@ -1,11 +1,13 @@
-"""latex.py: what parses to what, which values are exact, and the caps that hold before anything is evaluated."""
+"""latex.py, evaluation.py, units.py: what parses to what, which values are exact, and the caps that hold before anything is evaluated."""
 
 import time
 from fractions import Fraction
 
 import pytest
 
-from latex import MAX_DEPTH, MAX_DIGITS, Evaluation, NotMath, TooHard, Undefined, normalise, parse, start_budget, variables
+import units
+from evaluation import Evaluation, start_budget, variables
+from latex import MAX_DEPTH, MAX_DIGITS, NotMath, TooHard, Undefined, normalise, parse
 
 
 def value(text: str, **point):
@@ -60,6 +62,13 @@ def value(text: str, **point):
         ("1010_2", 10),
         ("777_{8}", 511),
         ("0.1\\overline{6}", Fraction(1, 6)),
+        ("0.1(6)", Fraction(1, 6)),
+        ("2^{3} 3^{2}", 72),
+        ("2! 3!", 12),
+        ("\\sum_{i=1}^{4} i", 10),
+        ("2A_{16}", 42),
+        ("{}_5C_2", 10),
+        ("\\max(2, \\sqrt{2})", 2),
     ],
 )
 def test_value_exact(text, expected):
@@ -91,7 +100,8 @@ def test_value_real(text, expected):
 @pytest.mark.parametrize(
     "text",
     ["", "(", ")", "(1", "1)", "[1)2", "\\frac{1}", "\\frac{1}{", "1 +", "* 2", "1 2", "x^", "x_", "\\unknown{3}", "129_8", "\\sum k",
-     "\\int x", "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}", "()", "[1)", "a ? b", "\x00", "__import__('os')"],
+     "\\int x", "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}", "()", "[1)", "[1,2,3)", "\\frac{1}{2}1", "\\lfloor 3,7 \\rfloor", "a ? b", "\x00",
+         "__import__('os')"],
 )  # fmt: skip
 def test_parse_rejects(text):
     """Would read half of a text and ignore the rest."""
@@ -112,7 +122,9 @@ def test_caps_of_the_parser(text):
     assert time.perf_counter() - start < 0.5
 
 
-@pytest.mark.parametrize("text", ["9^{9^{9^9}}", "10^{10^7}", "(10^9)!", "e^{10^9}", "\\sum_{k=1}^{10^9} k", "\\sin(10^{300})", "5!!!!"])
+@pytest.mark.parametrize(
+    "text", ["9^{9^{9^9}}", "10^{10^7}", "(10^9)!", "e^{10^9}", "\\sum_{k=1}^{10^9} k", "\\sin(10^{300})", "5!!!!", "\\exp(1,2)"]
+)
 def test_caps_of_the_evaluation(text):
     """Would try to compute a number that does not fit into memory."""
     start = time.perf_counter()
@@ -151,3 +163,30 @@ def test_variables_bound():
 def test_normalise(text, expected):
     """Would leave a spelling that the parser does not know."""
     assert normalise(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("seven", "7"), ("twenty-one apples", "21 apples"), ("one thousand two hundred and fifty", "1250"), ("minus five", "-5"),
+     ("two and a half", "5/2"), ("three quarters", "3/4"), ("half", "1/2"), ("one-to-one", "one-to-one"), ("one two", "one two"),
+     ("an ellipse", "an ellipse"), ("hundred", "hundred"), ("twenty and", "twenty and")],
+)  # fmt: skip
+def test_number_words(text, expected):
+    """Would take words for another number, or words that only contain number words for a number."""
+    assert units.number_words_as_digits(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, value, unit",
+    [("5 ft 3 in", Fraction(21, 4), "ft"), ("5'3\"", Fraction(21, 4), "ft"), ("2h 30m", Fraction(5, 2), "h"),
+     ("-1 m 20 cm", Fraction(-6, 5), "m"), ("30^\\circ 15'", Fraction(121, 4), "deg")],
+)  # fmt: skip
+def test_compound_quantity(text, value, unit):
+    """Would lose the second part of a quantity, or read 2h 30m as metres."""
+    assert units.compound(text) == (value, units.UNITS[unit])
+
+
+@pytest.mark.parametrize("text", ["3 in 5 ft", "5 ft 3 kg", "5 apples 3 pears", "5 ft", "5 3"])
+def test_compound_quantity_rejects(text):
+    """Would add up what is not of one kind, or not in the order in which people write it."""
+    assert units.compound(text) is None

@@ -29,6 +29,7 @@ class Problem:
     id: str = "p"
     kind: str = "math"
     answer: str = ""
+    tolerance: float = 0.0
     numbers: tuple[int, ...] = ()
     target: int = 0
 
@@ -317,6 +318,36 @@ def test_hostile_text(gold):
             assert not verify_math(response, gold, timeout_s=2.0).correct, text[:80]
             assert time.perf_counter() - start < 3.0, text[:80]
         answers_match(text, gold, timeout_s=2.0)
+
+
+SLOW_IN_PROCESS = [
+    "\\sum_{m=1}^{1000}\\sum_{i=0}^{100} \\pi", "\\sum_{m=1}^{1000} \\arcsin(e^{(i)^{y}})", "\\sum_{i=1}^{9}" * 40 + "i",
+    "(" * 55 + "x" + ")^{99}" * 55, "\\begin{pmatrix}" + "\\\\".join(["&".join(["\\sqrt{x}"] * 8)] * 8) + "\\end{pmatrix}^6",
+    "\\begin{vmatrix}" * 9 + "x&1\\\\1&x" + "\\end{vmatrix}&1\\\\1&1" * 8 + "\\end{vmatrix}", "|" * 400 + "x" + "|" * 400,
+    "\\{" + ",".join(f"\\sqrt{{{n}}}" for n in range(100)) + "\\}", "\\cup".join(f"[{2 * n},{2 * n + 1}]" for n in range(120)),
+    "\\begin{cases}" + "1&x>0\\\\" * 150 + "\\end{cases}", "5 ft 3 in " * 150, "five hundred " * 150, "]1,2[" * 200, "0.(3)" * 200,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "gold", ["42", "x^2+\\sqrt{2}", "y=2x+1", "\\{1,2,\\sqrt{3}\\}", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "[0,1)"]
+)
+def test_hostile_text_in_process(gold):
+    """Would block the main process, where nothing is killed at a deadline: matrix powers of exponential size, sums of transcendental
+    functions, quadratic matching. 0.15 s was the worst when this was written; the bound leaves room for a loaded machine."""
+    for text in SLOW_IN_PROCESS:
+        start = time.perf_counter()
+        assert equality.compare(gold, text) != "correct", text[:80]
+        assert time.perf_counter() - start < 1.0, text[:80]
+
+
+@pytest.mark.parametrize(
+    "text", ["\\max(1,e)", "\\min(3,\\pi,x)", "\\exp(1,2)", "\\ln(0,z)", "\\log_{2}(3,4,5)", "\\gcd(1,e)", "\\binom{e}{i}"]
+)
+def test_compare_never_raises(text):
+    """Would raise TypeError: an mpmath number compared with a Fraction, a function of too many arguments."""
+    for pair in ((text, "42"), ("42", text), (text + "+x", "x^2")):
+        assert equality.compare(*pair) == "wrong"
 
 
 def test_nothing_is_executed(tmp_path):

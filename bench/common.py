@@ -1,0 +1,58 @@
+"""What the measurements share: two contestants in turn, the machine's limits, and memory in a process of its own."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def alternate(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median of what each contestant returns per second, A B A B ..., after one round that does not count."""
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            amount = run()
+            rates[name].append(amount / (time.perf_counter() - start))
+    return {name: statistics.median(values[1:]) for name, values in rates.items()}
+
+
+def matmul_peak(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a large matrix product."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    return alternate({"peak": lambda: (a @ b, 2.0 * size**3)[1]}, rounds=9)["peak"]
+
+
+def bandwidth(num_bytes: int = 2**29) -> float:
+    """Bytes a second of reading a large tensor."""
+    x = torch.ones(num_bytes // 4)
+    return alternate({"read": lambda: (x.sum(), float(num_bytes))[1]}, rounds=9)["read"]
+
+
+def peak_memory(module: str, arguments: list[str]) -> int:
+    """Peak resident bytes of `python -m module arguments`, which prints them last."""
+    output = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True).stdout
+    return int(output.split()[-1])
+
+
+def own_peak() -> int:
+    """Peak resident bytes of this process."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def report(title: str, rates: dict[str, float], unit: str, **facts) -> None:
+    """A table, and one line of JSON."""
+    ours, *peers = rates
+    print(title)
+    for name, rate in rates.items():
+        print(f"  {name:<24} {rate:10.1f} {unit}" + (f"   ours is {rates[ours] / rate:.2f} times as fast" if name in peers else ""))
+    for name, value in facts.items():
+        print(f"  {name:<24} {value}")
+    print(json.dumps({"title": title, "unit": unit, "rates": rates} | facts))

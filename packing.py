@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Group = tuple[list[int], list[list[int]]]  # ids of a prompt and of the responses to it
+LONG = 1024  # response tokens from which on the weights of the attention, [H, G, R, P + R], would fill the memory
 
 
 class _Regroup(torch.autograd.Function):
@@ -70,9 +71,13 @@ class Packed:
     response_lengths: list[int]
     prompts: _Slots  # [N, 1, P]
     responses: _Slots  # [N, G, R]
+    rows_BT: Tensor  # index in ids_M of the tokens of every response's row, prompt and response; 0 behind its end
+    home_M: Tensor  # where in rows_BT each token is, a prompt's in the row of its first response
 
     def attend(self, layer: int, q_MHE: Tensor, k_MKE: Tensor, v_MKE: Tensor) -> Tensor:
         """Attention of the packed tokens; see model.Attend."""
+        if self.responses.shape[2] > LONG or q_MHE.is_cuda:
+            return self._attend_by_rows(q_MHE, k_MKE, v_MKE)
         (N, G, R), P, (_, H, E), K = self.responses.shape, self.prompts.shape[2], q_MHE.shape, k_MKE.shape[1]
         sizes = [len(self.prompts.slot_of_token), len(self.responses.slot_of_token)]
         parts = [x.split(sizes) for x in (q_MHE * E**-0.5, k_MKE, v_MKE)]
@@ -95,18 +100,31 @@ class Packed:
         y_NGRHE = y.view(N, K, G, H // K, R, E).permute(0, 2, 4, 1, 3, 5).reshape(N, G, R, H, E)
         return torch.cat([self.prompts.unpad(y_NHPE.transpose(1, 2)[:, None]), self.responses.unpad(y_NGRHE)])
 
+    def _attend_by_rows(self, q_MHE: Tensor, k_MKE: Tensor, v_MKE: Tensor) -> Tensor:
+        """The prompt repeated for every response, so that a kernel that never holds the weights can be used."""
+        shape = (*self.rows_BT.shape, -1, q_MHE.shape[-1])
+        q, k, v = (x.index_select(0, self.rows_BT.flatten()).view(shape).transpose(1, 2) for x in (q_MHE, k_MKE, v_MKE))
+        y_BHTE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return y_BHTE.transpose(1, 2).flatten(0, 1).index_select(0, self.home_M)
+
 
 def pack(groups: list[Group]) -> Packed:
     """One micro-batch of (prompt ids, [response ids, ...]) groups; prompts and responses hold at least one token."""
     lengths = [[len(response) for response in responses] for _, responses in groups]
     ids = [token for prompt, _ in groups for token in prompt] + [token for _, rs in groups for response in rs for token in response]
     pos = [t for prompt, _ in groups for t in range(len(prompt))]
-    last_of_prompt = torch.tensor([len(prompt) for prompt, _ in groups]).cumsum(0) - 1
-    num_prompt_tokens, predictors = len(pos), []
-    for n, (prompt, responses) in enumerate(groups):
+    num_prompt_tokens, predictors, rows, first_rows, start = len(pos), [], [], [], 0
+    for prompt, responses in groups:
+        first_rows.append(len(rows))
         for response in responses:
-            predictors += [int(last_of_prompt[n]), *range(len(pos), len(pos) + len(response) - 1)]
+            predictors += [start + len(prompt) - 1, *range(len(pos), len(pos) + len(response) - 1)]
+            rows.append([*range(start, start + len(prompt)), *range(len(pos), len(pos) + len(response))])
             pos += range(len(prompt), len(prompt) + len(response))
+        start += len(prompt)
+    longest = max(map(len, rows))
+    home = [row * longest + t for row, (prompt, _) in zip(first_rows, groups, strict=True) for t in range(len(prompt))]
+    prompt_lengths = [len(prompt) for prompt, responses in groups for _ in responses]
+    home += [b * longest + t for b, (row, start) in enumerate(zip(rows, prompt_lengths, strict=True)) for t in range(start, len(row))]
     return Packed(
         ids_M=torch.tensor(ids),
         pos_M=torch.tensor(pos),
@@ -115,6 +133,8 @@ def pack(groups: list[Group]) -> Packed:
         response_lengths=[T for row in lengths for T in row],
         prompts=_Slots.of([[len(prompt)] for prompt, _ in groups], 1),
         responses=_Slots.of(lengths, max(map(len, lengths))),
+        rows_BT=torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
+        home_M=torch.tensor(home),
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY
 
+import packing
 from model import Transformer, TransformerConfig
 from packing import _HeadLogprobs, micro_batches, pack, token_logprobs
 
@@ -27,12 +28,14 @@ def one_by_one(model, groups, temperature):
     return torch.cat(logps), torch.cat(entropies)
 
 
+@pytest.mark.parametrize("long", [0, 1024])
 @pytest.mark.parametrize("chunk", [61, 400, 2**24])
 @pytest.mark.parametrize("config", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "tie_word_embeddings": False}])
-def test_logprobs_entropies_and_gradients_equal_single_rows(config, chunk, monkeypatch):
+def test_logprobs_entropies_and_gradients_equal_single_rows(config, chunk, long, monkeypatch):
     """Fault: a response sees another response, padding or the future; positions do not restart; the shift by one token; the temperature;
     a part of the head's gradient is lost between chunks."""
     monkeypatch.setattr(_HeadLogprobs, "CHUNK", chunk)
+    monkeypatch.setattr(packing, "LONG", long)
     model = Transformer(TransformerConfig.from_hf(TINY | config, "tests"))
     model.init_weights(seed=1)
     logp, entropy = token_logprobs(model, pack(GROUPS), 0.7)

@@ -24,7 +24,9 @@ METHODS = {"rloop": "RLoop", "rl": "plain RL", "sft": "SFT", "eval": "evaluation
 FINAL_POLICY = {"rloop": "rft", "rl": "rl", "sft": "rft", "eval": "base"}
 COLORS = {"RLoop": "#0072B2", "plain RL": "#D55E00", "pure RFT": "#009E73", "SFT": "#CC79A7"}  # Okabe and Ito: colour-blind safe
 SPARE_COLORS = ("#E69F00", "#56B4E9", "#8C6BB1", "#999933", "#882255", "#44AA99")  # further groups of a method
-NEUTRAL_KEYS = re.compile(r"(seed|run_dir|save_every|eval\.every|compute\..*)$")  # do not make runs different settings
+NEUTRAL_KEYS = re.compile(
+    r"(seed|run_dir|save_every|eval\.every|compute\.(threads|max_rows|micro_batch_tokens))$"
+)  # do not make runs different settings
 SHARED_KEYS = ("eval.num_samples", "eval.temperature", "eval.top_p", "eval.top_k", "data.eval", "data.eval_size")  # compared runs agree
 REQUIRED = {"rl": ("iteration", "rl_steps", "rl/reward_mean"), "eval": ("policy", "iteration", "rl_steps", "eval/num_samples")}
 BEST = ", best step"

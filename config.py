@@ -99,7 +99,7 @@ class ComputeConfig:
     threads: int  # CPU threads of torch
     dtype: str  # "float32" or "bfloat16": of the products in sampling and training; weights, log-probs and losses stay float32
     max_rows: int  # responses decoded at once; changes speed and memory, not the result
-    micro_batch_tokens: int  # padded tokens a forward/backward pass may hold; changes memory, not the gradient
+    micro_batch_tokens: int  # tokens of a forward/backward pass, a prompt counted once for its responses; changes memory, not the gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,17 +156,8 @@ POSITIVE = (
     *("compute.max_rows", "compute.micro_batch_tokens", "data.countdown_numbers", "data.countdown_max"),
 )
 NOT_NEGATIVE = (
-    *(
-        "seed",
-        "rl.lr",
-        "rl.warmup_steps",
-        "rl.kl_coef",
-        "rl.clip_low",
-        "rl.overlong_buffer",
-        "rl.importance_cap",
-        "rft.lr",
-        "rft.warmup_steps",
-    ),
+    *("seed", "rl.lr", "rl.warmup_steps", "rl.kl_coef", "rl.importance_cap", "rl.clip_low", "rl.overlong_buffer"),
+    *("rft.lr", "rft.warmup_steps"),
     *("optimizer.weight_decay", "eval.top_k", "data.train_size", "data.eval_size", "data.num_demonstrations"),
 )
 

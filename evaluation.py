@@ -4,6 +4,7 @@ The caps below hold before anything is computed, so that no text can make a numb
 """
 
 import math
+import operator
 import threading
 from fractions import Fraction
 from functools import reduce
@@ -103,13 +104,13 @@ class Evaluation:
     def _add(self, nodes):
         total = Fraction(0)
         for node in nodes:
-            total = self.both(total, self.value(node), lambda a, b: a + b)
+            total = self.both(total, self.value(node), operator.add)
         return total
 
     def _mul(self, nodes):
         total = Fraction(1)
         for node in nodes:
-            total = self.both(total, self.value(node), lambda a, b: a * b)
+            total = self.both(total, self.value(node), operator.mul)
         return total
 
     def both(self, a, b, operation):
@@ -275,8 +276,7 @@ class Evaluation:
         outer, self.point = self.point, dict(self.point)
         for k in range(low, high + 1):
             self.point[variable] = Fraction(k)
-            value = self.value(body)
-            total = self.both(total, value, (lambda a, b: a * b) if name == "prod" else (lambda a, b: a + b))
+            total = self.both(total, self.value(body), operator.mul if name == "prod" else operator.add)
         self.point = outer
         return total
 

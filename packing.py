@@ -9,6 +9,7 @@ the batch, H query heads, K kv heads, E head width.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +72,21 @@ class Packed:
     response_lengths: list[int]
     prompts: _Slots  # [N, 1, P]
     responses: _Slots  # [N, G, R]
-    rows_BT: Tensor  # index in ids_M of the tokens of every response's row, prompt and response; 0 behind its end
-    home_M: Tensor  # where in rows_BT each token is, a prompt's in the row of its first response
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Index in ids_M of the tokens of every response's row [B, T], prompt and response, 0 behind its end; and where in it each token
+        of ids_M is, a prompt's in the row of its first response."""
+        rows, start, num_prompt_tokens = [], 0, len(self.prompts.slot_of_token)
+        for length in self.response_lengths:
+            last = int(self.predictors_Q[start])  # of its prompt
+            own = num_prompt_tokens + start
+            rows.append([*range(last - int(self.pos_M[last]), last + 1), *range(own, own + length)])
+            start += length
+        T = max(map(len, rows))
+        home = {token: b * T + t for b, row in reversed([*enumerate(rows)]) for t, token in enumerate(row)}
+        rows_BT = torch.tensor([row + [0] * (T - len(row)) for row in rows])
+        return rows_BT, torch.tensor([home[token] for token in range(len(self.ids_M))])
 
     def attend(self, layer: int, q_MHE: Tensor, k_MKE: Tensor, v_MKE: Tensor) -> Tensor:
         """Attention of the packed tokens; see model.Attend."""
@@ -102,10 +116,11 @@ class Packed:
 
     def _attend_by_rows(self, q_MHE: Tensor, k_MKE: Tensor, v_MKE: Tensor) -> Tensor:
         """The prompt repeated for every response, so that a kernel that never holds the weights can be used."""
-        shape = (*self.rows_BT.shape, -1, q_MHE.shape[-1])
-        q, k, v = (x.index_select(0, self.rows_BT.flatten()).view(shape).transpose(1, 2) for x in (q_MHE, k_MKE, v_MKE))
+        rows_BT, home_M = self.rows
+        shape = (*rows_BT.shape, -1, q_MHE.shape[-1])
+        q, k, v = (x.index_select(0, rows_BT.flatten()).view(shape).transpose(1, 2) for x in (q_MHE, k_MKE, v_MKE))
         y_BHTE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return y_BHTE.transpose(1, 2).flatten(0, 1).index_select(0, self.home_M)
+        return y_BHTE.transpose(1, 2).flatten(0, 1).index_select(0, home_M)
 
 
 def pack(groups: list[Group]) -> Packed:
@@ -113,18 +128,12 @@ def pack(groups: list[Group]) -> Packed:
     lengths = [[len(response) for response in responses] for _, responses in groups]
     ids = [token for prompt, _ in groups for token in prompt] + [token for _, rs in groups for response in rs for token in response]
     pos = [t for prompt, _ in groups for t in range(len(prompt))]
-    num_prompt_tokens, predictors, rows, first_rows, start = len(pos), [], [], [], 0
+    num_prompt_tokens, predictors, prompt_end = len(pos), [], 0
     for prompt, responses in groups:
-        first_rows.append(len(rows))
+        prompt_end += len(prompt)
         for response in responses:
-            predictors += [start + len(prompt) - 1, *range(len(pos), len(pos) + len(response) - 1)]
-            rows.append([*range(start, start + len(prompt)), *range(len(pos), len(pos) + len(response))])
+            predictors += [prompt_end - 1, *range(len(pos), len(pos) + len(response) - 1)]
             pos += range(len(prompt), len(prompt) + len(response))
-        start += len(prompt)
-    longest = max(map(len, rows))
-    home = [row * longest + t for row, (prompt, _) in zip(first_rows, groups, strict=True) for t in range(len(prompt))]
-    prompt_lengths = [len(prompt) for prompt, responses in groups for _ in responses]
-    home += [b * longest + t for b, (row, start) in enumerate(zip(rows, prompt_lengths, strict=True)) for t in range(start, len(row))]
     return Packed(
         ids_M=torch.tensor(ids),
         pos_M=torch.tensor(pos),
@@ -133,8 +142,6 @@ def pack(groups: list[Group]) -> Packed:
         response_lengths=[T for row in lengths for T in row],
         prompts=_Slots.of([[len(prompt)] for prompt, _ in groups], 1),
         responses=_Slots.of(lengths, max(map(len, lengths))),
-        rows_BT=torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
-        home_M=torch.tensor(home),
     )
 
 

@@ -291,8 +291,9 @@ def response_logprobs(model: Transformer, groups: list[list[Trajectory]], cfg: C
 def accumulate_gradient(
     policy: Transformer, groups: list[list[Trajectory]], adv_NG: Tensor, old_logps: list[Tensor], ref_logps: list[Tensor], cfg: Config
 ) -> dict[str, float]:  # fmt: skip
-    """Add the gradient of one optimizer step's loss, in micro-batches. old_logps and ref_logps hold one tensor a response (ref_logps none
-    without a KL term). Returns the loss (nat) and, over the step's tokens, their number, sums and the largest gap to the sampler."""
+    """Add the gradient of one optimizer step's loss, in micro-batches. old_logps and ref_logps hold one tensor a response; without the
+    first, the sampler's count, without the second there is no KL term. Returns the loss (nat) and, over the step's tokens, their number,
+    sums and the largest gap to the sampler."""
     rows = [t for group in groups for t in group]
     length_B = torch.tensor([len(t.ids) for t in rows])
     mask_BT = torch.arange(int(length_B.max())) < length_B[:, None]
@@ -302,8 +303,8 @@ def accumulate_gradient(
     with compute_precision(cfg):
         for batch, members in micro_batches(id_groups(groups), cfg.compute.micro_batch_tokens):
             weight, adv = weight_BT[members][mask_BT[members]], adv_B[members].repeat_interleave(length_B[members])
-            old_logp = torch.cat([old_logps[b] for b in members])
             sampler_logp = torch.tensor([logp for b in members for logp in rows[b].logps])
+            old_logp = torch.cat([old_logps[b] for b in members]) if old_logps else sampler_logp
             if cfg.rl.importance_cap > 0:
                 weight = weight * (old_logp - sampler_logp).exp().clamp(max=cfg.rl.importance_cap)
             logp, entropy = token_logprobs(policy, batch, cfg.sampling.temperature)
@@ -325,8 +326,7 @@ def update(policy: Transformer, optimizer, reference: Transformer | None, groups
     cfg, limit = run.cfg, run.cfg.sampling.max_new_tokens
     reward_NG = torch.tensor([[t.reward + overlong_penalty(len(t.ids), limit, cfg.rl.overlong_buffer) for t in g] for g in groups])
     adv_NG = group_advantages(reward_NG, normalize_std=cfg.rl.normalize_std)
-    sampled_logps = [torch.tensor(t.logps) for group in groups for t in group]
-    old_logps = response_logprobs(policy, groups, cfg) if cfg.rl.recompute_logprobs else sampled_logps
+    old_logps = response_logprobs(policy, groups, cfg) if cfg.rl.recompute_logprobs else []
     ref_logps = response_logprobs(reference, groups, cfg) if reference is not None else []
     steps = []
     for split in np.array_split(np.arange(len(groups)), min(cfg.rl.minibatches, len(groups))):

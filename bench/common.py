@@ -1,5 +1,6 @@
 """What the measurements share: two contestants in turn, the machine's limits, and memory in a process of its own."""
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -10,6 +11,19 @@ from collections.abc import Callable
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """The options that every measurement has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--prompt-tokens", type=int, default=50)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--lengths", choices=("fixed", "spread"), default="fixed", help="spread: responses end early, at all lengths")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser
 
 
 def alternate(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:

@@ -3,25 +3,16 @@
 python -m bench.sampling --model models/SmolLM2-135M-Instruct --dtype bf16 --rows 64 --new-tokens 128 --lengths fixed
 """
 
-import argparse
-
 import torch
 
-from bench.common import DTYPES, alternate, bandwidth, matmul_peak, report
+from bench.common import DTYPES, alternate, bandwidth, matmul_peak, options, report
 from model import Transformer
 from sampler import sample
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser = options(__doc__)
     parser.add_argument("--rows", type=int, default=64, help="8 samples of rows / 8 prompts")
-    parser.add_argument("--prompt-tokens", type=int, default=50)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--lengths", choices=("fixed", "spread"), default="fixed", help="spread: frequent tokens end a response")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     from transformers import AutoModelForCausalLM

@@ -10,11 +10,9 @@ import random
 
 import torch
 
-from bench.common import DTYPES, alternate, own_peak, peak_memory, report
+from bench.common import alternate, options, own_peak, peak_memory, report
 from model import Transformer
-from packing import micro_batches, token_logprobs
-
-Group = tuple[list[int], list[list[int]]]
+from packing import Group, micro_batches, token_logprobs
 
 
 def random_groups(args: argparse.Namespace, vocabulary: int) -> list[Group]:
@@ -65,15 +63,8 @@ def num_tokens(groups: list[Group]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser = options(__doc__)
     parser.add_argument("--groups", type=int, default=8)
-    parser.add_argument("--prompt-tokens", type=int, default=50)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--lengths", choices=("fixed", "spread"), default="fixed")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-of", choices=("ours", "transformers"), help="run once and print the peak resident bytes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -83,9 +74,9 @@ def main() -> None:
         print(own_peak())
         return
     rates = alternate({name: build(args) for name, build in contestants.items()}, args.rounds)
-    options = [part for name in ("model", "dtype", "groups", "prompt_tokens", "new_tokens", "lengths", "threads")
+    flags = [part for name in ("model", "dtype", "groups", "prompt_tokens", "new_tokens", "lengths", "threads")
                for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]  # fmt: skip
-    memory = {name: peak_memory("bench.training", [*options, "--memory-of", name]) for name in contestants}
+    memory = {name: peak_memory("bench.training", [*flags, "--memory-of", name]) for name in contestants}
     work = f"{args.groups} x 8 x ({args.prompt_tokens} + {args.new_tokens}) tokens, {args.lengths}, {args.threads} threads"
     gigabytes = {f"{name}_gb": round(size / 1e9, 2) for name, size in memory.items()}
     ratio = round(memory["ours"] / memory["transformers"], 3)

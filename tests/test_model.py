@@ -41,16 +41,20 @@ def hf_model(case: str, seed: int = 0):
     return model
 
 
+def assert_same_logits(ours, theirs, num_rows, num_tokens):
+    ids = torch.randint(0, 97, (num_rows, num_tokens), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, got = theirs(ids).logits, ours(ids)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case, tmp_path):
     """Fault: a wrong RoPE layout or scaling, norm placement, kv-head order, bias, qk-norm or head tying."""
     theirs = hf_model(case)
     theirs.save_pretrained(tmp_path)
     ours = Transformer.from_pretrained(tmp_path)
-    ids = torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected, got = theirs(ids).logits, ours(ids)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert_same_logits(ours, theirs, 3, 40)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -99,10 +103,7 @@ def test_config_of_the_hub_means_what_transformers_reads(name, tmp_path):
     ours.save_pretrained(tmp_path)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
     assert theirs.dtype == torch.float32 and not info["missing_keys"] and not info["unexpected_keys"]
-    ids = torch.randint(0, 97, (2, 50), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected, got = theirs(ids).logits, ours(ids)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert_same_logits(ours, theirs, 2, 50)
 
 
 @pytest.mark.parametrize("case", CASES)

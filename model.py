@@ -141,46 +141,51 @@ def _round_up(num_slots: int) -> int:
 class KVCache:
     """Keys and values of rows, the slot of a token being its position, so that a row may sit at any length.
 
-    k[layer], v[layer]: [rows, K, S, E]. Slots behind a row's position hold finite leftovers, which the mask hides.
+    k[layer]: [rows, K, E, S], as a product with one query needs it; v[layer]: [rows, K, S, E]. Slots behind a row's position hold finite
+    leftovers, which the mask hides.
     """
 
     def __init__(self, model: "Transformer", num_rows: int, num_slots: int):
         c, weight = model.config, model.model.embed_tokens.weight
-        shape = (num_rows, c.num_kv_heads, _round_up(num_slots), c.head_dim)
-        self.k = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(c.num_layers)]
-        self.v = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(c.num_layers)]
+        S, options = _round_up(num_slots), {"dtype": weight.dtype, "device": weight.device}
+        self.k = [torch.zeros(num_rows, c.num_kv_heads, c.head_dim, S, **options) for _ in range(c.num_layers)]
+        self.v = [torch.zeros(num_rows, c.num_kv_heads, S, c.head_dim, **options) for _ in range(c.num_layers)]
 
-    def at(self, pos_BT: Tensor) -> Attend:
-        """New tokens of the first B rows at positions pos_BT: they are stored, and see the earlier slots of their row."""
-        (B, T), num_slots = pos_BT.shape, _round_up(int(pos_BT.max()) + 1)
+    def at(self, pos_BT: Tensor, num_slots: int) -> Attend:
+        """New tokens of the first B rows at positions pos_BT, all below num_slots: they are stored, and see the earlier slots of their
+        row. (num_slots is the caller's to know: to ask a GPU for the largest position would be to wait for it.)"""
+        (B, T), num_slots = pos_BT.shape, _round_up(num_slots)
         rows_B1 = torch.arange(B, device=pos_BT.device)[:, None]
         mask_B1TS = torch.arange(num_slots, device=pos_BT.device) <= pos_BT[:, None, :, None]
+        bias_B1TS = torch.zeros(mask_B1TS.shape, dtype=self.v[0].dtype, device=pos_BT.device).masked_fill_(~mask_B1TS, -torch.inf)
 
         def attend(layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
             k, v = self.k[layer], self.v[layer]
-            k[rows_B1, :, pos_BT] = k_BTKE
+            k[rows_B1, :, :, pos_BT] = k_BTKE
             v[rows_B1, :, pos_BT] = v_BTKE
-            k, v = k[:B, :, :num_slots], v[:B, :, :num_slots]
+            k, v = k[:B, :, :, :num_slots], v[:B, :, :num_slots]
             if T > 1:
-                return F.scaled_dot_product_attention(q_BTHE.transpose(1, 2), k, v, attn_mask=mask_B1TS, enable_gqa=True).transpose(1, 2)
+                q, k = q_BTHE.transpose(1, 2), k.transpose(-1, -2)
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TS, enable_gqa=True).transpose(1, 2)
             # of one token: the query heads of a kv head as the rows of one product, several times as fast on a CPU
-            q_BKHE = q_BTHE.view(B, k.shape[1], -1, q_BTHE.shape[-1]) * q_BTHE.shape[-1] ** -0.5
-            weight = (q_BKHE @ k.transpose(-1, -2)).masked_fill(~mask_B1TS, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+            q_BKHE = q_BTHE.reshape(B, k.shape[1], -1, q_BTHE.shape[-1]) * q_BTHE.shape[-1] ** -0.5
+            weight = (q_BKHE @ k).add_(bias_B1TS).softmax(dim=-1, dtype=torch.float32)
             return (weight.to(v.dtype) @ v).view(q_BTHE.shape)
 
         return attend
 
     def copy_rows(self, target: list[int], source: "KVCache", source_rows: list[int]) -> None:
         """Copy whole rows from a cache (possibly this one) with no more slots than this one."""
-        num_slots = source.k[0].shape[2]
-        for mine, theirs in zip(self.k + self.v, source.k + source.v, strict=True):
-            mine[target, :, :num_slots] = theirs[source_rows]
+        num_slots = source.v[0].shape[2]
+        for layer in range(len(self.v)):
+            self.k[layer][target, :, :, :num_slots] = source.k[layer][source_rows]
+            self.v[layer][target, :, :num_slots] = source.v[layer][source_rows]
 
 
 class Attention(nn.Module):
-    def __init__(self, c: TransformerConfig, layer: int):
+    def __init__(self, c: TransformerConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, c.head_dim
+        self.head_dim = c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
@@ -188,10 +193,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x_D: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x_D: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q [..., H, E] and k [..., K, E], and v [..., K, E]."""
         q_HE, k_KE, v_KE = (proj(x_D).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y_HE = attend(self.layer, rotate(self.q_norm(q_HE), *rope), rotate(self.k_norm(k_KE), *rope), v_KE)
-        return self.o_proj(y_HE.flatten(-2))
+        return rotate(self.q_norm(q_HE), *rope), rotate(self.k_norm(k_KE), *rope), v_KE
 
 
 class MLP(nn.Module):
@@ -208,13 +213,23 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: TransformerConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.input_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.self_attn = Attention(c, layer)
+        self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
 
     def forward(self, x_D: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x_D = x_D + self.self_attn(self.input_layernorm(x_D), rope, attend)
+        q_HE, k_KE, v_KE = self.before(x_D, rope)
+        return self.after(x_D, attend(self.layer, q_HE, k_KE, v_KE))
+
+    # what compile_blocks compiles: all but attention, whose shapes change at every token
+
+    def before(self, x_D: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn(self.input_layernorm(x_D), rope)
+
+    def after(self, x_D: Tensor, y_HE: Tensor) -> Tensor:
+        x_D = x_D + self.self_attn.o_proj(y_HE.flatten(-2))
         return x_D + self.mlp(self.post_attention_layernorm(x_D))
 
 
@@ -240,6 +255,8 @@ class Transformer(nn.Module):
         # recomputed, never saved: half-precision weights must not round the angles
         self._rope_freq: Tensor | None = None
         self.source: Path | None = None  # the directory that it came from: save_pretrained copies the tokenizer from there
+        self._compiled = False
+        self._copies: dict[torch.dtype, Transformer] = {}  # no submodules: a copy is not part of the state dict
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Full causal forward of right-padded ids: padding cannot reach the tokens to its left, so no mask is needed."""
@@ -268,13 +285,31 @@ class Transformer(nn.Module):
         return (self.model.embed_tokens if self.config.tie_embeddings else self.lm_head).weight
 
     def copy_as(self, dtype: torch.dtype) -> "Transformer":
-        """The model with its weights in another dtype, for sampling; itself when that is its own."""
+        """The model with its weights of now in another dtype, for sampling; itself when that is its own. The copy's memory is kept and
+        filled anew by the next call."""
         if self.head_weight.dtype == dtype:
             return self
-        with torch.device("meta"):
-            copy = Transformer(self.config)
-        copy.load_state_dict({name: tensor.to(dtype) for name, tensor in self.state_dict().items()}, assign=True)
+        if dtype not in self._copies:
+            with torch.device("meta"):
+                copy = Transformer(self.config).to(dtype)
+            self._copies[dtype] = copy.to_empty(device=self.head_weight.device).requires_grad_(False)
+            if self._compiled:
+                copy.compile_blocks()
+        copy = self._copies[dtype]
+        with torch.no_grad():
+            for mine, theirs in zip(self.parameters(), copy.parameters(), strict=True):
+                theirs.copy_(mine)
         return copy
+
+    def compile_blocks(self) -> "Transformer":
+        """Compile what a block does before and after attention (torch.compile; on a CPU it needs a C++ compiler). One compilation serves
+        all blocks and all numbers of tokens; training and sampling have one each."""
+        torch._dynamo.config.recompile_limit = 32  # one number of rows, one token, with and without gradient: 8 are too few
+        for block in self.model.layers:
+            block.before = torch.compile(block.before, dynamic=True)
+            block.after = torch.compile(block.after, dynamic=True)
+        self._compiled = True
+        return self
 
     def init_weights(self, seed: int) -> None:
         """Fresh weights: normal with config.json's initializer_range as std, residual outputs scaled by 1/sqrt(2L) (GPT-2)."""

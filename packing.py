@@ -88,6 +88,15 @@ class Packed:
         rows_BT = torch.tensor([row + [0] * (T - len(row)) for row in rows])
         return rows_BT, torch.tensor([home[token] for token in range(len(self.ids_M))])
 
+    @cached_property
+    def bias(self) -> Tensor:
+        """[N, 1, 1, 1, R, P + R]: 0 where a response's token sees a slot of [prompt, response], -inf where it does not."""
+        (N, _, R), P = self.responses.shape, self.prompts.shape[2]
+        padding_NP = (self.prompts.token_of_slot == len(self.prompts.slot_of_token)).view(N, P)
+        future_RR = torch.ones(R, R, dtype=torch.bool).triu(1)
+        hidden_NRS = torch.cat([padding_NP[:, None].expand(N, R, P), future_RR.expand(N, R, R)], dim=-1)
+        return torch.zeros(hidden_NRS.shape).masked_fill_(hidden_NRS, -torch.inf)[:, None, None, None]
+
     def attend(self, layer: int, q_MHE: Tensor, k_MKE: Tensor, v_MKE: Tensor) -> Tensor:
         """Attention of the packed tokens; see model.Attend."""
         if self.responses.shape[2] > LONG or q_MHE.is_cuda:
@@ -98,19 +107,13 @@ class Packed:
         q, k, v = (self.prompts.pad(x)[:, 0].transpose(1, 2) for x, _ in parts)
         y_NHPE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=1.0)
 
-        # [N, K, G, S, E], S = R tokens of H/K heads: all query heads of a kv head, and all responses to a prompt, are rows of one product
+        # [N, K, G, S, E], S = R tokens of H/K heads: the query heads of a kv head are rows of one product
         q, own_k, own_v = (
             self.responses.pad(x).view(N, G, R, K, -1, E).permute(0, 3, 1, 4, 2, 5).reshape(N, K, G, -1, E) for _, x in parts
         )
-        to_prompt = (q.flatten(2, 3) @ k.transpose(-1, -2)).view(N, K, G, -1, P)
-        padding_NP = (self.prompts.token_of_slot == sizes[0]).view(N, P)
-        to_prompt = to_prompt.masked_fill(padding_NP[:, None, None, None], -torch.inf)
-        to_itself = (q @ own_k.transpose(-1, -2)).unflatten(-2, (-1, R))
-        future_RR = torch.ones(R, R, dtype=torch.bool, device=q.device).triu(1)
-        to_itself = to_itself.masked_fill(future_RR, -torch.inf).flatten(-3, -2)
-        weight = torch.cat([to_prompt, to_itself], dim=-1).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-        to_prompt, to_itself = weight.split([P, R], dim=-1)
-        y = (to_prompt.flatten(2, 3) @ v).view(N, K, G, -1, E) + to_itself @ own_v
+        k, v = (torch.cat([x[:, :, None].expand(N, K, G, P, E), own], dim=3) for x, own in ((k, own_k), (v, own_v)))
+        score = (q @ k.transpose(-1, -2)).unflatten(-2, (-1, R)).add_(self.bias.to(q))
+        y = score.softmax(dim=-1, dtype=torch.float32).to(v.dtype).flatten(3, 4) @ v
         y_NGRHE = y.view(N, K, G, H // K, R, E).permute(0, 2, 4, 1, 3, 5).reshape(N, G, R, H, E)
         return torch.cat([self.prompts.unpad(y_NHPE.transpose(1, 2)[:, None]), self.responses.unpad(y_NGRHE)])
 

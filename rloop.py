@@ -533,8 +533,10 @@ def run_sft(run: RunDir, policy: Transformer, tokenizer: Tokenizer, heldout: lis
 
 def load_policy(cfg: Config, path: Path | None = None) -> Transformer:
     if cfg.model.random_init and path is None:
-        return Transformer.from_config(cfg.model.path, seed=cfg.seed)
-    return Transformer.from_pretrained(path or cfg.model.path)
+        policy = Transformer.from_config(cfg.model.path, seed=cfg.seed)
+    else:
+        policy = Transformer.from_pretrained(path or cfg.model.path)
+    return policy.compile_blocks() if cfg.compute.compile else policy
 
 
 def countdown_options(cfg: Config) -> dict[str, int]:

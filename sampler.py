@@ -20,6 +20,7 @@ from tqdm import tqdm
 from model import KVCache, Transformer
 
 BLOCK = 128
+STRIDE = {"cpu": 1, "cuda": 8}  # tokens drawn before the processor looks at them: to look is to wait for a GPU
 
 
 @dataclass(slots=True)
@@ -43,7 +44,7 @@ class _Row:
 
 def sampled_log_softmax(logits_RV: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Tensor:
     """Log-probs [R, V] of the distribution that is sampled; tokens cut by top-k or top-p (in this order) get -inf."""
-    logp_RV = torch.log_softmax(logits_RV.float() / temperature, dim=-1)
+    logp_RV = torch.log_softmax(logits_RV.float() if temperature == 1.0 else logits_RV.float() / temperature, dim=-1)
     if top_k == 0 and top_p >= 1.0:
         return logp_RV
     sorted_RV, order_RV = logp_RV.sort(dim=-1, descending=True, stable=True)
@@ -64,11 +65,11 @@ def draw(logp_RV: Tensor, uniform_R: Tensor) -> Tensor:
     prob_RCV = F.pad(logp_RV.exp(), (0, num_blocks * BLOCK - logp_RV.shape[-1])).view(num_rows, num_blocks, BLOCK)
     cdf_RC = prob_RCV.sum(dim=-1).cumsum(dim=-1)
     point_R1 = _below(uniform_R[:, None].to(cdf_RC) * cdf_RC[:, -1:], cdf_RC[:, -1:])
-    block_R1 = torch.searchsorted(cdf_RC, point_R1, right=True)
+    block_R1 = torch.searchsorted(cdf_RC, point_R1, right=True).clamp(max=num_blocks - 1)  # NaN would be found behind the last
     before_R1 = F.pad(cdf_RC, (1, 0)).gather(-1, block_R1)
     cdf_RV = prob_RCV[torch.arange(num_rows, device=logp_RV.device), block_R1[:, 0]].cumsum(dim=-1)
     token_R1 = torch.searchsorted(cdf_RV, _below(point_R1 - before_R1, cdf_RV[:, -1:]), right=True)
-    return (block_R1 * BLOCK + token_R1)[:, 0]
+    return (block_R1 * BLOCK + token_R1)[:, 0].clamp(max=logp_RV.shape[-1] - 1)
 
 
 def _below(point: Tensor, limit: Tensor) -> Tensor:
@@ -100,38 +101,40 @@ def sample(
     results = [[Completion() for _ in range(num_samples)] for _ in prompts]
     waiting = deque((p, g) for p in range(len(prompts)) for g in range(num_samples))
     num_rows = min(max_rows, len(waiting))
-    cache = KVCache(model, num_rows, max(map(len, prompts), default=0) + max_new_tokens)
+    stride = STRIDE[device.type]
+    cache = KVCache(model, num_rows, max(map(len, prompts), default=0) + max_new_tokens + stride - 1)
     prefilled: dict[int, tuple[KVCache, int, Tensor]] = {}  # prompt -> its cache, row in it, next-token logits
     rows: list[_Row] = []
     logits_RV = torch.empty(0, model.config.vocab_size, device=device)
-    bar = tqdm(total=len(waiting), desc="sampling", leave=False, delay=5)
+    bar = tqdm(total=len(waiting) * max_new_tokens, desc="sampling", unit="tok", leave=False, delay=5)
     while rows or waiting:
         # a prefill costs a forward pass, so wait until it admits a fair number of rows
         if waiting and num_rows - len(rows) >= min(len(waiting), max(1, num_rows // 8)):
             batch = [waiting.popleft() for _ in range(min(len(waiting), num_rows - len(rows)))]
             _prefill(model, prompts, [p for p in dict.fromkeys(p for p, _ in batch) if p not in prefilled], prefilled)
             for p, g in batch:
-                uniforms = np.random.default_rng((seed, p, g)).random(max_new_tokens)
+                uniforms = np.random.default_rng((seed, p, g)).random(max_new_tokens + stride - 1)
                 rows.append(_Row(results[p][g], len(prompts[p]), uniforms))
             _admit(cache, len(rows) - len(batch), [prefilled[p] for p, _ in batch])
             logits_RV = torch.cat([logits_RV, torch.stack([prefilled[p][2] for p, _ in batch])])
             for p in {p for p, _ in batch} - {p for p, _ in waiting}:
                 del prefilled[p]
-        if not torch.isfinite(logits_RV).all():
-            raise FloatingPointError("the model's logits are not finite while sampling")
-        logp_RV = sampled_log_softmax(logits_RV, temperature, top_p, top_k)
-        uniform_R = torch.tensor([row.uniforms[len(row.completion.ids)] for row in rows], device=device)
-        id_R = draw(logp_RV, uniform_R)
-        logp_R = logp_RV.gather(-1, id_R[:, None])[:, 0]
-        live = _record(rows, id_R.tolist(), logp_R.tolist(), stop_ids, max_new_tokens)
-        bar.update(live.count(False))
+        firsts = [len(row.completion.ids) for row in rows]
+        uniform_RS = torch.from_numpy(np.stack([row.uniforms[t : t + stride] for row, t in zip(rows, firsts, strict=True)])).to(device)
+        pos_R, num_slots, drawn = torch.tensor([row.pos for row in rows], device=device), max(row.pos for row in rows), []
+        for t in range(stride):
+            logp_RV = sampled_log_softmax(logits_RV, temperature, top_p, top_k)
+            id_R = draw(logp_RV, uniform_RS[:, t])
+            drawn.append((id_R, logp_RV.gather(-1, id_R[:, None])[:, 0]))
+            if t + 1 < stride:
+                logits_RV = _decode(model, cache, id_R, pos_R + t, num_slots + t + 1)
+        ids_RS, logps_RS = (torch.stack(values, dim=1).tolist() for values in zip(*drawn, strict=True))
+        live = _record(rows, ids_RS, logps_RS, stop_ids, max_new_tokens)
+        bar.total -= sum(max_new_tokens - len(row.completion.ids) for row, alive in zip(rows, live, strict=True) if not alive)
+        bar.update(sum(len(row.completion.ids) - t for row, t in zip(rows, firsts, strict=True)))
         order = _compact(cache, live)
         rows = [rows[i] for i in order]
-        if rows:
-            pos_R1 = torch.tensor([[row.pos - 1] for row in rows], device=device)
-            logits_RV = model.logits(model.hidden(id_R[order, None], pos_R1, cache.at(pos_R1))[:, -1])
-        else:
-            logits_RV = logits_RV[:0]
+        logits_RV = _decode(model, cache, id_R[order], pos_R[order] + stride - 1, num_slots + stride) if rows else logits_RV[:0]
     bar.close()
     return results
 
@@ -164,7 +167,7 @@ def _prefill(model: Transformer, prompts: list[list[int]], chosen: list[int], pr
     ids_PT = torch.tensor([prompts[p] + [0] * (T - len(prompts[p])) for p in chosen], device=device)
     cache = KVCache(model, len(chosen), T)
     pos_PT = torch.arange(T, device=device).expand(len(chosen), T)
-    x_PTD = model.hidden(ids_PT, pos_PT, cache.at(pos_PT))
+    x_PTD = model.hidden(ids_PT, pos_PT, cache.at(pos_PT, T))
     logits_PV = model.logits(x_PTD[torch.arange(len(chosen), device=device), length_P - 1])
     prefilled.update({p: (cache, i, logits_PV[i]) for i, p in enumerate(chosen)})
 
@@ -180,15 +183,26 @@ def _admit(cache: KVCache, first_row: int, sources: list[tuple[KVCache, int, Ten
         cache.copy_rows(targets, source, source_rows)
 
 
-def _record(rows: list[_Row], ids: list[int], logps: list[float], stop_ids: set[int], max_new_tokens: int) -> list[bool]:
-    """Append the drawn tokens to their completions; returns which rows go on."""
+def _decode(model: Transformer, cache: KVCache, id_R: Tensor, pos_R: Tensor, num_slots: int) -> Tensor:
+    """Next-token logits [R, V] of rows that get one more token each, at positions below num_slots."""
+    return model.logits(model.hidden(id_R[:, None], pos_R[:, None], cache.at(pos_R[:, None], num_slots))[:, 0])
+
+
+def _record(rows: list[_Row], ids: list[list[int]], logps: list[list[float]], stop_ids: set[int], max_new_tokens: int) -> list[bool]:
+    """Append the drawn tokens [row][token] to their completions, none behind an end; returns which rows go on."""
     live = []
-    for row, token, logp in zip(rows, ids, logps, strict=True):
-        row.completion.ids.append(token)
-        row.completion.logps.append(logp)
-        row.completion.finished = token in stop_ids
-        row.pos += 1
-        live.append(not row.completion.finished and len(row.completion.ids) < max_new_tokens)
+    for row, row_ids, row_logps in zip(rows, ids, logps, strict=True):
+        completion = row.completion
+        row.pos += len(row_ids)
+        for token, logp in zip(row_ids, row_logps, strict=True):
+            if not math.isfinite(logp):
+                raise FloatingPointError("the model's logits are not finite while sampling")
+            completion.ids.append(token)
+            completion.logps.append(logp)
+            completion.finished = token in stop_ids
+            if completion.finished or len(completion.ids) == max_new_tokens:
+                break
+        live.append(not completion.finished and len(completion.ids) < max_new_tokens)
     return live
 
 

@@ -354,13 +354,15 @@ def test_cached_decode_equals_full_forward(tiny):
     with torch.no_grad():
         full = tiny(ids)
         prefill = tiny.hidden(
-            ids[:, : max(lengths)], torch.arange(max(lengths)).expand(4, -1), cache.at(torch.arange(max(lengths)).expand(4, -1))
+            ids[:, : max(lengths)],
+            torch.arange(max(lengths)).expand(4, -1),
+            cache.at(torch.arange(max(lengths)).expand(4, -1), max(lengths)),
         )
         for b, length in enumerate(lengths):
             torch.testing.assert_close(tiny.logits(prefill[b, length - 1]), full[b, length - 1], rtol=1e-5, atol=1e-5)
         for t in range(new):  # every row decodes at its own position, over the leftovers of the padded prefill
             pos = torch.tensor([[length + t] for length in lengths])
-            got = tiny.logits(tiny.hidden(ids.gather(1, pos), pos, cache.at(pos))[:, 0])
+            got = tiny.logits(tiny.hidden(ids.gather(1, pos), pos, cache.at(pos, int(pos.max()) + 1))[:, 0])
             torch.testing.assert_close(got, full[torch.arange(4), pos[:, 0]], rtol=1e-5, atol=1e-5)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from rloop import keep_freed_memory
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -22,8 +24,20 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--lengths", choices=("fixed", "spread"), default="fixed", help="spread: responses end early, at all lengths")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--allocator", choices=("kept", "default"), default="kept", help="kept: as rloop.py sets it, for the peer too")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks (compute.compile)")
     parser.add_argument("--rounds", type=int, default=3)
     return parser
+
+
+def set_up(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    if args.allocator == "kept":
+        keep_freed_memory()
+
+
+def setting(args: argparse.Namespace) -> str:
+    return f"{args.dtype}, {args.threads} threads{', compiled' * args.compile}, allocator {args.allocator}"
 
 
 def alternate(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ python -m bench.sampling --model models/SmolLM2-135M-Instruct --dtype bf16 --row
 
 import torch
 
-from bench.common import DTYPES, alternate, bandwidth, matmul_peak, options, report
+from bench.common import DTYPES, alternate, bandwidth, matmul_peak, options, report, set_up, setting
 from model import Transformer
 from sampler import sample
 
@@ -14,11 +14,13 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--rows", type=int, default=64, help="8 samples of rows / 8 prompts")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    set_up(args)
     from transformers import AutoModelForCausalLM
 
     dtype = DTYPES[args.dtype]
-    ours = Transformer.from_pretrained(args.model, dtype=dtype)
+    ours = Transformer.from_pretrained(args.model, dtype=dtype).requires_grad_(False)
+    if args.compile:
+        ours.compile_blocks()
     theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa").eval()
     vocabulary = ours.config.vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +57,7 @@ def main() -> None:
     peak, read = matmul_peak(dtype), bandwidth()
     limit = 1 / max(flop / peak, moved / read)
     report(
-        f"sampling {args.model} {args.dtype}, {args.rows} rows x {args.new_tokens} tokens, {args.lengths}, {args.threads} threads", rates,
+        f"sampling {args.model}, {args.rows} rows x {args.new_tokens} tokens, {args.lengths}, {setting(args)}", rates,
         "tok/s", peak_gflops=round(peak / 1e9), read_gb_s=round(read / 1e9, 1), gflop_per_token=round(flop / 1e9, 3),
         limit_tok_s=round(limit), share_of_limit=round(rates["ours"] / limit, 3),
     )  # fmt: skip

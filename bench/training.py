@@ -10,7 +10,7 @@ import random
 
 import torch
 
-from bench.common import alternate, options, own_peak, peak_memory, report
+from bench.common import alternate, options, own_peak, peak_memory, report, set_up, setting
 from model import Transformer
 from packing import Group, micro_batches, token_logprobs
 
@@ -24,6 +24,8 @@ def random_groups(args: argparse.Namespace, vocabulary: int) -> list[Group]:
 
 def ours(args: argparse.Namespace):
     model = Transformer.from_pretrained(args.model)
+    if args.compile:
+        model.compile_blocks()
     groups = random_groups(args, model.config.vocab_size)
 
     def run() -> float:
@@ -67,20 +69,20 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--memory-of", choices=("ours", "transformers"), help="run once and print the peak resident bytes")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    set_up(args)
     contestants = {"ours": ours, "transformers": theirs}
     if args.memory_of:
         contestants[args.memory_of](args)()
         print(own_peak())
         return
     rates = alternate({name: build(args) for name, build in contestants.items()}, args.rounds)
-    flags = [part for name in ("model", "dtype", "groups", "prompt_tokens", "new_tokens", "lengths", "threads")
-               for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]  # fmt: skip
+    flags = [part for name in ("model", "dtype", "groups", "prompt_tokens", "new_tokens", "lengths", "threads", "allocator")
+               for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))] + ["--compile"] * args.compile  # fmt: skip
     memory = {name: peak_memory("bench.training", [*flags, "--memory-of", name]) for name in contestants}
-    work = f"{args.groups} x 8 x ({args.prompt_tokens} + {args.new_tokens}) tokens, {args.lengths}, {args.threads} threads"
+    work = f"{args.groups} x 8 x ({args.prompt_tokens} + {args.new_tokens}) tokens, {args.lengths}, {setting(args)}"
     gigabytes = {f"{name}_gb": round(size / 1e9, 2) for name, size in memory.items()}
     ratio = round(memory["ours"] / memory["transformers"], 3)
-    report(f"training {args.model} {args.dtype}, {work}", rates, "tok/s", **gigabytes, memory_ratio=ratio)
+    report(f"training {args.model}, {work}", rates, "tok/s", **gigabytes, memory_ratio=ratio)
 
 
 if __name__ == "__main__":

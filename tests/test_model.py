@@ -11,6 +11,7 @@ from conftest import ROOT, TINY
 from safetensors.torch import load_file, save_file
 
 from model import COPIED_FILES, KVCache, Transformer, TransformerConfig
+from packing import pack, token_logprobs
 from sampler import sample
 
 LLAMA3 = {
@@ -390,3 +391,43 @@ def test_hf_config_is_kept_on_saving(tiny, tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert {k: v for k, v in saved.items() if k != "dtype"} == TINY
     assert TransformerConfig.from_hf(saved, "x").num_layers == 2
+
+
+def test_sampling_copy_follows_the_weights_in_the_same_memory(tiny):
+    """Fault: sampling goes on with the weights of an earlier step, or every step allocates a model."""
+    copy = tiny.copy_as(torch.bfloat16)
+    places = [weight.data_ptr() for weight in copy.parameters()]
+    with torch.no_grad():
+        for weight in tiny.parameters():
+            weight.add_(1.0)
+    again = tiny.copy_as(torch.bfloat16)
+    assert [weight.data_ptr() for weight in again.parameters()] == places
+    for mine, theirs in zip(tiny.parameters(), again.parameters(), strict=True):
+        assert torch.equal(theirs, mine.bfloat16())
+    assert set(tiny.state_dict()) == set(again.state_dict())
+
+
+def test_compiled_blocks_give_the_same_logprobs_gradients_and_samples(tiny):
+    """Fault: torch.compile changes what is computed, or compiles every block or every number of tokens anew."""
+    groups = [([3, 4, 5], [[6, 7, 8, 9], [10, 11]]), ([12], [[13, 14, 15], [16]])]
+    sampling = {"num_samples": 3, "max_new_tokens": 6, "stop_ids": set(), "seed": 1, "max_rows": 4}
+
+    def results():
+        tiny.zero_grad()
+        logp, entropy = token_logprobs(tiny, pack(groups))
+        logp.sum().backward()
+        completions = sample(tiny, [[3, 4, 5], [6]], **sampling)
+        return logp.detach(), entropy, [w.grad.clone() for w in tiny.parameters()], [c.ids for group in completions for c in group]
+
+    logp, entropy, gradients, ids = results()
+    names = set(tiny.state_dict())
+    tiny.compile_blocks()
+    compiled = results()
+    torch.testing.assert_close(compiled[0], logp, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled[1], entropy, atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(compiled[2], gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    assert compiled[3] == ids
+    assert set(tiny.state_dict()) == names
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        token_logprobs(tiny, pack([([3, 4], [[6, 7, 8, 9, 10, 11], [10, 11, 12]])]))[0].sum().backward()

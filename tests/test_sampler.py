@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import sampler
 from sampler import draw, sample, sampled_log_softmax
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11], [5, 6, 7], [20, 21]]
@@ -149,3 +150,17 @@ def test_bad_prompts_are_errors(tiny):
     with pytest.raises(ValueError, match="prompt 0 has ids outside"):
         sample(tiny, [[61]], **options)
     assert sample(tiny, [], **options) == []
+
+
+@pytest.mark.parametrize("max_rows", [3, 100])
+def test_drawing_several_tokens_between_looks_changes_nothing(tiny, monkeypatch, max_rows):
+    """Fault: tokens drawn behind a stop or behind the limit are kept, or a row's random numbers or positions slip (the CUDA path)."""
+    arguments = {"num_samples": 5, "max_new_tokens": 10, "stop_ids": {0, 7, 9}, "seed": 4, "max_rows": max_rows}
+    one = sample(tiny, [[3, 4, 5], [6, 7], [8]], **arguments)
+    monkeypatch.setitem(sampler.STRIDE, "cpu", 4)
+    four = sample(tiny, [[3, 4, 5], [6, 7], [8]], **arguments)
+    assert [[c.ids for c in group] for group in four] == [[c.ids for c in group] for group in one]
+    assert any(c.finished and len(c.ids) < 10 for group in one for c in group)
+    for a, b in zip((c for group in one for c in group), (c for group in four for c in group), strict=True):
+        assert a.finished == b.finished
+        assert b.logps == pytest.approx(a.logps, abs=1e-5)

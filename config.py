@@ -99,6 +99,7 @@ class ComputeConfig:
     threads: int  # CPU threads of torch
     dtype: str  # "float32" or "bfloat16": of the products in sampling and training; weights, log-probs and losses stay float32
     compile: bool  # torch.compile of the blocks; on a CPU it needs a C++ compiler, and pays for models of 100M parameters and more
+    checkpoint_activations: bool  # run every block a second time for the gradient instead of keeping what it computed
     max_rows: int  # responses decoded at once; changes speed and memory, not the result
     micro_batch_tokens: int  # tokens of a forward/backward pass, a prompt counted once for its responses; changes memory, not the gradient
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -255,6 +256,7 @@ class Transformer(nn.Module):
         # recomputed, never saved: half-precision weights must not round the angles
         self._rope_freq: Tensor | None = None
         self.source: Path | None = None  # the directory that it came from: save_pretrained copies the tokenizer from there
+        self.checkpoint_activations = False  # keep only the input of every block for the gradient, and run it a second time
         self._compiled = False
         self._copies: dict[torch.dtype, Transformer] = {}  # no submodules: a copy is not part of the state dict
 
@@ -272,7 +274,10 @@ class Transformer(nn.Module):
         angle_T1E = torch.cat([pos_T[..., None, None] * self._rope_freq] * 2, dim=-1)
         rope = angle_T1E.cos().to(x_TD.dtype), angle_T1E.sin().to(x_TD.dtype)
         for block in self.model.layers:
-            x_TD = block(x_TD, rope, attend)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x_TD = checkpoint(block, x_TD, rope, attend, use_reentrant=False)
+            else:
+                x_TD = block(x_TD, rope, attend)
         return self.model.norm(x_TD)
 
     def logits(self, x_D: Tensor) -> Tensor:

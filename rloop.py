@@ -545,6 +545,7 @@ def load_policy(cfg: Config, path: Path | None = None) -> Transformer:
         policy = Transformer.from_config(cfg.model.path, seed=cfg.seed)
     else:
         policy = Transformer.from_pretrained(path or cfg.model.path)
+    policy.checkpoint_activations = cfg.compute.checkpoint_activations
     return policy.compile_blocks() if cfg.compute.compile else policy
 
 

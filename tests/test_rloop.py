@@ -243,6 +243,23 @@ def test_update_gradient_equals_a_direct_computation(small_run, tiny, groups):
         torch.testing.assert_close(got[name], weight.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_activation_checkpointing_leaves_the_gradient_and_keeps_less(small_run, tiny, groups):
+    """Fault: the second run of a block sees other inputs, or nothing is saved by it."""
+    kept = []
+
+    def update(name: str, checkpointing: bool):
+        tiny.checkpoint_activations = checkpointing
+        sizes: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.update({x.data_ptr(): x.nbytes}), x)[1], lambda x: x):
+            gradient, _ = gradient_of_update(small_run, tiny, name, groups, "--optimizer.grad_clip", "1e9")
+        kept.append(sum(sizes.values()))
+        return gradient
+
+    whole, twice = update("a", False), update("b", True)
+    torch.testing.assert_close(twice, whole)
+    assert kept[1] < 0.6 * kept[0]
+
+
 def test_recomputed_logprobs_replace_the_samplers(small_run, tiny, groups):
     """Fault: with a sampler of other precision the ratio is not 1 before the first update, or its gap is not logged."""
     options = ("--optimizer.grad_clip", "1e9", "--rl.recompute_logprobs", "true", "--compute.micro_batch_tokens", "40")

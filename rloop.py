@@ -20,6 +20,7 @@ Shapes: N problems (groups), G samples a problem, B rows (responses), T tokens. 
 
 import ctypes
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ from data import Problem, check_overlap, load_demonstrations, load_problems
 from data.tokenizer import Tokenizer
 from model import Transformer
 from packing import micro_batches, token_logprobs
-from rundir import RunDir, describe_step, truncation_warning
+from rundir import RunDir, describe_step, truncation_warning, uninterrupted
 from sampler import sample
 from verify import verify_many
 
@@ -363,31 +364,41 @@ def explore(
         reference = Transformer(policy.config)
         reference.load_state_dict(theta_i)
     bar = tqdm(range(now.step + 1, num_steps + 1), initial=now.step, total=num_steps, desc=f"RL {now.iteration + 1}", leave=False)
-    for step in bar:
-        start = time.perf_counter()
-        usable, sampled, seconds = sample_groups(policy, tokenizer, problems, run, step)
-        lr = cfg.rl.lr * min(1.0, step / (cfg.rl.warmup_steps + 1))
-        set_lr(optimizer, lr)
-        updating = time.perf_counter()
-        metrics = update(policy, optimizer, reference, usable, run) if usable and lr > 0 else {}
-        done = time.perf_counter()
-        rows = [t for group in sampled for t in group]
-        trajectories += rows
-        run.append(file, [vars(t) for t in rows])
-        now.step, now.rl_steps, now.num_trajectories = step, now.rl_steps + 1, now.num_trajectories + len(rows)
-        record = {
-            "phase": "rl", "iteration": now.iteration, "step": step, "rl_steps": now.rl_steps,
-            "rl/reward_mean": float(np.mean([t.reward for t in rows])),
-            "rl/flat_share": float(np.mean([is_flat(group) for group in sampled])),
-            "rl/len_mean_tok": float(np.mean([len(t.ids) for t in rows])),
-            "rl/truncated_share": float(np.mean([not t.finished for t in rows])),
-            "rl/num_trajectories": now.num_trajectories, "rl/lr": lr,
-        } | metrics | seconds | {"time/update_s": done - updating, "time/step_s": done - start}  # fmt: skip
-        run.log(record, describe_step(record, num_steps))
-        if step % cfg.eval.every == 0 or step == num_steps:
-            evaluate(run, policy, tokenizer, heldout, "rl")
-        if step % cfg.save_every == 0 or step == num_steps:
+    drawn, evaluation_owed = now.problems_drawn, False
+    try:
+        for step in bar:
+            start = time.perf_counter()
+            usable, sampled, seconds = sample_groups(policy, tokenizer, problems, run, step)
+            lr = cfg.rl.lr * min(1.0, step / (cfg.rl.warmup_steps + 1))
+            set_lr(optimizer, lr)
+            with uninterrupted():
+                updating = time.perf_counter()
+                metrics = update(policy, optimizer, reference, usable, run) if usable and lr > 0 else {}
+                done = time.perf_counter()
+                rows = [t for group in sampled for t in group]
+                trajectories += rows
+                run.append(file, [vars(t) for t in rows])
+                now.step, now.rl_steps, now.num_trajectories = step, now.rl_steps + 1, now.num_trajectories + len(rows)
+                record = {
+                    "phase": "rl", "iteration": now.iteration, "step": step, "rl_steps": now.rl_steps,
+                    "rl/reward_mean": float(np.mean([t.reward for t in rows])),
+                    "rl/flat_share": float(np.mean([is_flat(group) for group in sampled])),
+                    "rl/len_mean_tok": float(np.mean([len(t.ids) for t in rows])),
+                    "rl/truncated_share": float(np.mean([not t.finished for t in rows])),
+                    "rl/num_trajectories": now.num_trajectories, "rl/lr": lr,
+                } | metrics | seconds | {"time/update_s": done - updating, "time/step_s": done - start}  # fmt: skip
+                run.log(record, describe_step(record, num_steps))
+                drawn, evaluation_owed = now.problems_drawn, step % cfg.eval.every == 0 or step == num_steps
+            if evaluation_owed:
+                evaluate(run, policy, tokenizer, heldout, "rl")
+                evaluation_owed = False
+            if step % cfg.save_every == 0 or step == num_steps:
+                run.save(policy, optimizer)
+    except KeyboardInterrupt:
+        if now.step > 0 and not evaluation_owed:  # the weights are those of the last finished step
+            now.problems_drawn = drawn
             run.save(policy, optimizer)
+        raise
     return trajectories
 
 
@@ -591,6 +602,7 @@ def run_method(cfg: Config) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's pre-emption is Ctrl-C
     try:
         cfg = config_from_command_line(arguments)
         run_method(cfg)
@@ -598,7 +610,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last finished step", file=sys.stderr)
+        print("stopped; the same command goes on after the last checkpoint", file=sys.stderr)
         return 130
     return subprocess.run([sys.executable, str(Path(__file__).with_name("report.py")), cfg.run_dir]).returncode
 

@@ -6,18 +6,24 @@ RUN/evaluations.jsonl      correct answers per held-out problem, one line an eva
 RUN/trajectories/*.jsonl   every sampled trajectory, one file an iteration
 RUN/experts/*.jsonl        what RFT was trained on
 RUN/policies/NAME/         Hugging Face directories: rl_1, theta_1, rl_2, theta_2, ...
-RUN/checkpoints/STEP/      the last two states to continue from
+RUN/checkpoints/STEP/      the last two states to continue from, each with the sizes and hashes of its files
+RUN/lock                   held by the process that runs here
 """
 
 import dataclasses
+import fcntl
+import hashlib
 import json
 import os
 import shutil
+import signal
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -43,7 +49,8 @@ class Progress:
 class RunDir:
     """Opens a new run directory, or an unfinished one of the same config at its last checkpoint.
 
-    Raises ValueError that lists the differing keys when the directory belongs to another config.
+    A damaged checkpoint is set aside with a message, and the one before it is taken. Raises ValueError that lists the differing keys when
+    the directory belongs to another config, and when another process runs in it or no checkpoint is whole.
     """
 
     def __init__(self, cfg: Config):
@@ -52,6 +59,7 @@ class RunDir:
         self.progress = Progress()
         self.checkpoint: Path | None = None
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
         config_file, checkpoints = self.path / "config.json", self._checkpoints()
         stored = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
         if "run_dir" not in stored and (stored or self._line_files()):
@@ -60,8 +68,7 @@ class RunDir:
             keys = differing_keys(stored, config_dict(cfg))
             if keys:
                 raise ValueError(f"{self.path} holds a run of another config; differing keys: {', '.join(keys)}. Choose another --run_dir")
-            self.checkpoint = checkpoints[-1]
-            state = json.loads((self.checkpoint / "state.json").read_text(encoding="utf-8"))
+            self.checkpoint, state = self._last_whole(checkpoints)
             self.progress = Progress(**state["progress"])
         write_json(config_file, config_dict(cfg))
         self._drop_unfinished_lines(state["sizes"] if checkpoints else {})
@@ -105,13 +112,19 @@ class RunDir:
         number = int(existing[-1].name) + 1 if existing else 0
         temporary, target = folder / "tmp", folder / f"{number:06d}"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}, temporary / "policy.safetensors")
-        if optimizer is not None:
-            save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-        sizes = {str(f.relative_to(self.path)): f.stat().st_size for f in self._line_files()}
-        write_json(temporary / "state.json", {"progress": dataclasses.asdict(self.progress), "sizes": sizes})
-        os.replace(temporary, target)
+        try:
+            temporary.mkdir(parents=True)
+            save_file({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}, temporary / "policy.safetensors")
+            if optimizer is not None:
+                save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+            files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in temporary.iterdir()}
+            sizes = {str(f.relative_to(self.path)): f.stat().st_size for f in self._line_files()}
+            write_json(temporary / "state.json", {"progress": dataclasses.asdict(self.progress), "files": files, "sizes": sizes})
+            os.replace(temporary, target)
+        except (OSError, SafetensorError) as error:  # a full disk, say
+            shutil.rmtree(temporary, ignore_errors=True)
+            kept = f"{self.checkpoint} is whole" if self.checkpoint else "there is none yet"
+            raise OSError(f"checkpoint {target} could not be written: {error}; of the earlier ones {kept}") from error
         for old in existing[: len(existing) + 1 - MAX_CHECKPOINTS]:
             shutil.rmtree(old)
         self.checkpoint = target
@@ -127,6 +140,46 @@ class RunDir:
             state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
+    def _take_lock(self):
+        """An open file whose lock the kernel drops with the process, however that ends."""
+        lock = (self.path / "lock").open("a")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path}: another process is running in this directory. Choose another --run_dir, or wait") from None
+        return lock
+
+    def _last_whole(self, checkpoints: list[Path]) -> tuple[Path, dict]:
+        """The newest checkpoint that is as it was written, and its state. Newer ones are renamed to NUMBER.damaged."""
+        damaged = []
+        for checkpoint in reversed(checkpoints):
+            try:
+                state = self._read_state(checkpoint)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                damaged.append((checkpoint, f"{type(error).__name__}: {error}"))
+                continue
+            for broken, problem in damaged:
+                print(f"{broken} is damaged ({problem}) and set aside; going on from {checkpoint}")
+                os.replace(broken, broken.with_name(broken.name + ".damaged"))
+            return checkpoint, state
+        problems = "; ".join(f"{broken}: {problem}" for broken, problem in damaged)
+        raise ValueError(f"{self.path}: no checkpoint is whole ({problems}). Nothing was changed; to start anew choose another --run_dir")
+
+    def _read_state(self, checkpoint: Path) -> dict:
+        """Its state.json. Raises ValueError (or what reading raises) when a file is not as the manifest says."""
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        for name, written in state["files"].items():
+            size = (checkpoint / name).stat().st_size
+            if size != written["bytes"]:
+                raise ValueError(f"{name} has {size} bytes, expected {written['bytes']}")
+            if _sha256(checkpoint / name) != written["sha256"]:
+                raise ValueError(f"{name} is not what was written (its hash differs)")
+        for name, wanted in state["sizes"].items():
+            size = (self.path / name).stat().st_size
+            if size < wanted:
+                raise ValueError(f"{name} has {size} bytes, {wanted} were written before this checkpoint")
+        return state
+
     def _checkpoints(self) -> list[Path]:
         return sorted(p for p in (self.path / "checkpoints").glob("*") if p.name.isdigit())
 
@@ -140,6 +193,25 @@ class RunDir:
             size = sizes.get(str(file.relative_to(self.path)), 0)
             if file.stat().st_size > size:
                 os.truncate(file, size)
+
+
+@contextmanager
+def uninterrupted():
+    """Put Ctrl-C and SIGTERM off to the end of the block: what is in it happens whole or not at all."""
+    pending, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda *_: pending.append(True)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+    if pending:
+        raise KeyboardInterrupt
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(path: Path, value) -> None:

@@ -36,6 +36,12 @@ def set_up(args: argparse.Namespace) -> None:
         keep_freed_memory()
 
 
+def flags(args: argparse.Namespace) -> list[str]:
+    """The shared options as a command line again, for a process of its own."""
+    names = ("model", "dtype", "prompt_tokens", "new_tokens", "lengths", "threads", "allocator")
+    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))] + ["--compile"] * args.compile
+
+
 def setting(args: argparse.Namespace) -> str:
     return f"{args.dtype}, {args.threads} threads{', compiled' * args.compile}, allocator {args.allocator}"
 

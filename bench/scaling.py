@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from bench.common import DTYPES, options, own_peak, set_up
+from bench.common import DTYPES, flags, options, own_peak, set_up
 from model import Transformer
 from sampler import sample
 
@@ -20,6 +20,8 @@ LENGTHS = [(32, length) for length in (64, 128, 256, 512, 1024)]
 
 def measure(args) -> dict[str, float]:
     model = Transformer.from_pretrained(args.model, dtype=DTYPES[args.dtype]).requires_grad_(False)
+    if args.compile:
+        model.compile_blocks()
     prompts = torch.randint(
         3, model.config.vocab_size - 1, (args.rows // 8, args.prompt_tokens), generator=torch.Generator().manual_seed(0)
     )
@@ -68,13 +70,8 @@ def main() -> None:
         return
     points = []
     for rows, length in ROWS + LENGTHS:
-        point = [
-            *("--rows", str(rows)),
-            *("--new-tokens", str(length)),
-            *("--model", args.model),
-            *("--dtype", args.dtype),
-            *("--threads", str(args.threads)),
-        ]
+        args.new_tokens = length
+        point = [*flags(args), "--rows", str(rows)]
         output = subprocess.run([sys.executable, "-m", "bench.scaling", *point], capture_output=True, text=True, check=True).stdout
         points.append(json.loads(output.splitlines()[-1]))
         print(points[-1], flush=True)

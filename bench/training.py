@@ -10,7 +10,7 @@ import random
 
 import torch
 
-from bench.common import alternate, options, own_peak, peak_memory, report, set_up, setting
+from bench.common import alternate, flags, options, own_peak, peak_memory, report, set_up, setting
 from model import Transformer
 from packing import Group, micro_batches, token_logprobs
 
@@ -76,9 +76,8 @@ def main() -> None:
         print(own_peak())
         return
     rates = alternate({name: build(args) for name, build in contestants.items()}, args.rounds)
-    flags = [part for name in ("model", "dtype", "groups", "prompt_tokens", "new_tokens", "lengths", "threads", "allocator")
-               for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))] + ["--compile"] * args.compile  # fmt: skip
-    memory = {name: peak_memory("bench.training", [*flags, "--memory-of", name]) for name in contestants}
+    shared = [*flags(args), "--groups", str(args.groups)]
+    memory = {name: peak_memory("bench.training", [*shared, "--memory-of", name]) for name in contestants}
     work = f"{args.groups} x 8 x ({args.prompt_tokens} + {args.new_tokens}) tokens, {args.lengths}, {setting(args)}"
     gigabytes = {f"{name}_gb": round(size / 1e9, 2) for name, size in memory.items()}
     ratio = round(memory["ours"] / memory["transformers"], 3)

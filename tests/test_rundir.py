@@ -2,15 +2,16 @@
 
 import json
 import multiprocessing
-import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from conftest import ROOT, SMALL_RUN
+from tqdm import tqdm
 
 import rloop
 from config import load_config
@@ -35,14 +36,18 @@ def outcome(cfg) -> list:
     return [metrics, *((path / file).read_bytes() for file in FILES)]
 
 
-def run_and_kill(cfg, seconds: float, sig: int = signal.SIGKILL) -> bool:
+def run_with_own_lock(cfg) -> None:
+    tqdm.set_lock(threading.RLock())  # by default shared with the parent, which would wait for ever for one that died holding it
+    rloop.run_method(cfg)
+
+
+def run_and_kill(cfg, seconds: float) -> bool:
     """Whether the run was still going when it was killed."""
-    process = multiprocessing.get_context("fork").Process(target=rloop.run_method, args=(cfg,))
+    process = multiprocessing.get_context("fork").Process(target=run_with_own_lock, args=(cfg,))
     process.start()
     process.join(seconds)
     alive = process.is_alive()
-    if alive:
-        os.kill(process.pid, sig)
+    process.kill()
     process.join()
     return alive
 

@@ -77,6 +77,7 @@ class RFTConfig:
     epochs: int  # passes over the experts (ours)
     batch_size: int  # trajectories an optimizer step (ours)
     warmup_steps: int  # linear warm-up, optimizer steps (ours)
+    save_every: int  # optimizer steps between two checkpoints; the last one is always followed by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,7 @@ class ComputeConfig:
     checkpoint_activations: bool  # run every block a second time for the gradient instead of keeping what it computed
     max_rows: int  # responses decoded at once; changes speed and memory, not the result
     micro_batch_tokens: int  # tokens of a forward/backward pass, a prompt counted once for its responses; changes memory, not the gradient
+    replicas: int  # HSDP: copies of the sharded model; 1 = FSDP over all processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +156,8 @@ class Config:
 POSITIVE = (
     *("iterations", "save_every", "sampling.max_new_tokens", "sampling.temperature", "rl.steps", "rl.problems_per_step"),
     *("rl.samples_per_problem", "rl.max_sampling_rounds", "rl.minibatches", "rl.clip_high", "select.max_per_problem", "rft.epochs"),
-    *("rft.batch_size", "optimizer.grad_clip", "eval.every", "eval.num_samples", "eval.temperature", "compute.threads"),
-    *("compute.max_rows", "compute.micro_batch_tokens", "data.countdown_numbers", "data.countdown_max"),
+    *("rft.batch_size", "rft.save_every", "optimizer.grad_clip", "eval.every", "eval.num_samples", "eval.temperature", "compute.threads"),
+    *("compute.max_rows", "compute.micro_batch_tokens", "compute.replicas", "data.countdown_numbers", "data.countdown_max"),
 )
 NOT_NEGATIVE = (
     *("seed", "rl.lr", "rl.warmup_steps", "rl.kl_coef", "rl.importance_cap", "rl.clip_low", "rl.overlong_buffer"),

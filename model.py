@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
@@ -219,8 +220,14 @@ class Block(nn.Module):
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
+        self.checkpoint_activations = False  # keep only the block's input for the gradient, and run the block a second time
 
     def forward(self, x_D: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(self.run, x_D, rope, attend, use_reentrant=False)
+        return self.run(x_D, rope, attend)
+
+    def run(self, x_D: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         q_HE, k_KE, v_KE = self.before(x_D, rope)
         return self.after(x_D, attend(self.layer, q_HE, k_KE, v_KE))
 
@@ -256,7 +263,6 @@ class Transformer(nn.Module):
         # recomputed, never saved: half-precision weights must not round the angles
         self._rope_freq: Tensor | None = None
         self.source: Path | None = None  # the directory that it came from: save_pretrained copies the tokenizer from there
-        self.checkpoint_activations = False  # keep only the input of every block for the gradient, and run it a second time
         self._compiled = False
         self._copies: dict[torch.dtype, Transformer] = {}  # no submodules: a copy is not part of the state dict
 
@@ -274,10 +280,7 @@ class Transformer(nn.Module):
         angle_T1E = torch.cat([pos_T[..., None, None] * self._rope_freq] * 2, dim=-1)
         rope = angle_T1E.cos().to(x_TD.dtype), angle_T1E.sin().to(x_TD.dtype)
         for block in self.model.layers:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x_TD = checkpoint(block, x_TD, rope, attend, use_reentrant=False)
-            else:
-                x_TD = block(x_TD, rope, attend)
+            x_TD = block(x_TD, rope, attend)
         return self.model.norm(x_TD)
 
     def logits(self, x_D: Tensor) -> Tensor:
@@ -290,9 +293,10 @@ class Transformer(nn.Module):
         return (self.model.embed_tokens if self.config.tie_embeddings else self.lm_head).weight
 
     def copy_as(self, dtype: torch.dtype) -> "Transformer":
-        """The model with its weights of now in another dtype, for sampling; itself when that is its own. The copy's memory is kept and
-        filled anew by the next call."""
-        if self.head_weight.dtype == dtype:
+        """The model with its weights of now, whole and in a dtype, for sampling; itself when it is like that. The copy's memory is kept
+        and filled anew by the next call. (Of sharded weights every process gets a copy, one tensor after the other.)"""
+        state = self.state_dict()  # FSDP puts its shards in place for this
+        if self.head_weight.dtype == dtype and not isinstance(self.head_weight, DTensor):
             return self
         if dtype not in self._copies:
             with torch.device("meta"):
@@ -302,8 +306,8 @@ class Transformer(nn.Module):
                 copy.compile_blocks()
         copy = self._copies[dtype]
         with torch.no_grad():
-            for mine, theirs in zip(self.parameters(), copy.parameters(), strict=True):
-                theirs.copy_(mine)
+            for name, theirs in copy.state_dict().items():
+                theirs.copy_(whole_tensor(state[name]))
         return copy
 
     def compile_blocks(self) -> "Transformer":
@@ -373,15 +377,17 @@ class Transformer(nn.Module):
         model.source = path
         return model.requires_grad_(True)
 
-    def save_pretrained(self, path: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
+    def save_pretrained(self, path: str | Path, max_shard_bytes: int = 5 * 10**9, state: dict[str, Tensor] | None = None) -> None:
         """Write a directory that transformers and vLLM load as it is, with the tokenizer of the directory that the model came from.
 
-        More than max_shard_bytes of weights become shards with an index, as transformers writes them. Every file is written beside its
-        place and then renamed; the weight files of an earlier save under other names are removed last.
+        state: the weights to write instead of the model's own, when these are in shards (parallel.full_state). More than
+        max_shard_bytes of weights become shards with an index, as transformers writes them. Every file is written beside its place and
+        then renamed; the weight files of an earlier save under other names are removed last.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in self.state_dict().items()}  # torch.compile's prefix
+        state = self.state_dict() if state is None else state
+        state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in state.items()}  # torch.compile's prefix
         written = _write_weights(path, state, max_shard_bytes)
         for name in COPIED_FILES:
             if self.source is not None and (self.source / name).exists():
@@ -397,6 +403,11 @@ class Transformer(nn.Module):
             for file in path.glob(pattern):
                 if file.name not in written:
                     file.unlink()
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, by all processes at once; a plain one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _write_weights(path: Path, state: dict[str, Tensor], max_bytes: int) -> list[str]:

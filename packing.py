@@ -7,6 +7,8 @@ Shapes: N groups, G responses of a group, R response tokens (both up to the long
 the batch, H query heads, K kv heads, E head width.
 """
 
+import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,14 +47,15 @@ class _Slots:
     slot_of_token: Tensor
 
     @classmethod
-    def of(cls, lengths: list[list[int]], num_columns: int) -> "_Slots":
+    def of(cls, lengths: list[list[int]], num_columns: int, device: torch.device | str) -> "_Slots":
         """lengths[n][g] of sequences in the order of their tokens; every n gets num_columns of them."""
         longest = max(map(max, lengths))
         slot_of_token = [(n * num_columns + g) * longest + t for n, row in enumerate(lengths) for g, T in enumerate(row) for t in range(T)]
         slot_of_token = torch.tensor(slot_of_token)
         token_of_slot = torch.full((len(lengths) * num_columns * longest,), len(slot_of_token))
         token_of_slot[slot_of_token] = torch.arange(len(slot_of_token))
-        return cls(shape=(len(lengths), num_columns, longest), token_of_slot=token_of_slot, slot_of_token=slot_of_token)
+        shape = (len(lengths), num_columns, longest)
+        return cls(shape=shape, token_of_slot=token_of_slot.to(device), slot_of_token=slot_of_token.to(device))
 
     def pad(self, x_M: Tensor) -> Tensor:
         return _Regroup.apply(x_M, self.token_of_slot, self.slot_of_token).unflatten(0, self.shape)
@@ -78,24 +81,26 @@ class Packed:
         """Index in ids_M of the tokens of every response's row [B, T], prompt and response, 0 behind its end; and where in it each token
         of ids_M is, a prompt's in the row of its first response."""
         rows, start, num_prompt_tokens = [], 0, len(self.prompts.slot_of_token)
+        predictors, pos = self.predictors_Q.tolist(), self.pos_M.tolist()
         for length in self.response_lengths:
-            last = int(self.predictors_Q[start])  # of its prompt
+            last = predictors[start]  # of its prompt
             own = num_prompt_tokens + start
-            rows.append([*range(last - int(self.pos_M[last]), last + 1), *range(own, own + length)])
+            rows.append([*range(last - pos[last], last + 1), *range(own, own + length)])
             start += length
         T = max(map(len, rows))
         home = {token: b * T + t for b, row in reversed([*enumerate(rows)]) for t, token in enumerate(row)}
         rows_BT = torch.tensor([row + [0] * (T - len(row)) for row in rows])
-        return rows_BT, torch.tensor([home[token] for token in range(len(self.ids_M))])
+        return rows_BT.to(self.ids_M.device), torch.tensor([home[token] for token in range(len(self.ids_M))], device=self.ids_M.device)
 
     @cached_property
     def bias(self) -> Tensor:
         """[N, 1, 1, 1, R, P + R]: 0 where a response's token sees a slot of [prompt, response], -inf where it does not."""
         (N, _, R), P = self.responses.shape, self.prompts.shape[2]
         padding_NP = (self.prompts.token_of_slot == len(self.prompts.slot_of_token)).view(N, P)
-        future_RR = torch.ones(R, R, dtype=torch.bool).triu(1)
+        future_RR = torch.ones(R, R, dtype=torch.bool, device=padding_NP.device).triu(1)
         hidden_NRS = torch.cat([padding_NP[:, None].expand(N, R, P), future_RR.expand(N, R, R)], dim=-1)
-        return torch.zeros(hidden_NRS.shape).masked_fill_(hidden_NRS, -torch.inf)[:, None, None, None]
+        bias_NRS = torch.zeros(hidden_NRS.shape, device=hidden_NRS.device).masked_fill_(hidden_NRS, -torch.inf)
+        return bias_NRS[:, None, None, None]
 
     def attend(self, layer: int, q_MHE: Tensor, k_MKE: Tensor, v_MKE: Tensor) -> Tensor:
         """Attention of the packed tokens; see model.Attend."""
@@ -126,7 +131,7 @@ class Packed:
         return y_BHTE.transpose(1, 2).flatten(0, 1).index_select(0, home_M)
 
 
-def pack(groups: list[Group]) -> Packed:
+def pack(groups: list[Group], device: torch.device | str = "cpu") -> Packed:
     """One micro-batch of (prompt ids, [response ids, ...]) groups; prompts and responses hold at least one token."""
     lengths = [[len(response) for response in responses] for _, responses in groups]
     ids = [token for prompt, _ in groups for token in prompt] + [token for _, rs in groups for response in rs for token in response]
@@ -138,47 +143,76 @@ def pack(groups: list[Group]) -> Packed:
             predictors += [prompt_end - 1, *range(len(pos), len(pos) + len(response) - 1)]
             pos += range(len(prompt), len(prompt) + len(response))
     return Packed(
-        ids_M=torch.tensor(ids),
-        pos_M=torch.tensor(pos),
-        targets_Q=torch.tensor(ids[num_prompt_tokens:]),
-        predictors_Q=torch.tensor(predictors),
+        ids_M=torch.tensor(ids, device=device),
+        pos_M=torch.tensor(pos, device=device),
+        targets_Q=torch.tensor(ids[num_prompt_tokens:], device=device),
+        predictors_Q=torch.tensor(predictors, device=device),
         response_lengths=[T for row in lengths for T in row],
-        prompts=_Slots.of([[len(prompt)] for prompt, _ in groups], 1),
-        responses=_Slots.of(lengths, max(map(len, lengths))),
+        prompts=_Slots.of([[len(prompt)] for prompt, _ in groups], 1, device),
+        responses=_Slots.of(lengths, max(map(len, lengths)), device),
     )
 
 
-def micro_batches(groups: list[Group], max_tokens: int) -> Iterator[tuple[Packed, list[int]]]:
+@dataclass
+class _Piece:
+    """Responses to one prompt that stay together; rows are their numbers among all."""
+
+    group: Group
+    rows: list[int]
+    num_tokens: int
+
+
+def micro_batches(
+    groups: list[Group], max_tokens: int, rank: int = 0, num_ranks: int = 1, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Packed, list[int]]]:
     """The groups in packed micro-batches of at most max_tokens tokens (or one response), each with the numbers of its responses among all.
 
     A group that is too large is cut, its prompt repeated. The largest come first, so that memory runs out at the first step or never.
+    Of num_ranks processes each gets a like number of tokens and THE SAME number of micro-batches, as every one of them is a collective
+    operation: what one lacks is made up by micro-batches that count for nothing, with an empty list of numbers.
     """
+    pieces = sorted(_cut(groups, max_tokens, num_ranks), key=lambda piece: -piece.num_tokens)
+    shares, loads = [[] for _ in range(num_ranks)], [(0, r) for r in range(num_ranks)]
+    for piece in pieces:
+        load, least = heapq.heappop(loads)
+        shares[least].append(piece)
+        heapq.heappush(loads, (load + piece.num_tokens, least))
+    batches = [_fill(share, max_tokens) for share in shares]
+    for batch in batches[rank]:
+        yield pack([piece.group for piece in batch], device), [row for piece in batch for row in piece.rows]
+    for _ in range(max(map(len, batches)) - len(batches[rank])):
+        yield pack([pieces[-1].group], device), []
+
+
+def _cut(groups: list[Group], max_tokens: int, num_ranks: int) -> list[_Piece]:
+    """Pieces of at most max_tokens tokens, and of a process's fair share of all tokens."""
+    num_tokens = sum(len(prompt) + sum(map(len, responses)) for prompt, responses in groups)
+    limit = min(max_tokens, math.ceil(num_tokens / num_ranks))
     pieces: list[_Piece] = []
     row = 0
     for prompt, responses in groups:
         pieces.append(_Piece((prompt, []), [], len(prompt)))
         for response in responses:
-            if pieces[-1].rows and pieces[-1].num_tokens + len(response) > max_tokens:
+            if pieces[-1].rows and pieces[-1].num_tokens + len(response) > limit:
                 pieces.append(_Piece((prompt, []), [], len(prompt)))
             piece = pieces[-1]
             piece.group[1].append(response)
             piece.rows.append(row)
             piece.num_tokens += len(response)
             row += 1
-    batch: list[_Piece] = []
-    for piece in sorted(pieces, key=lambda piece: -piece.num_tokens):
-        if batch and sum(p.num_tokens for p in batch) + piece.num_tokens > max_tokens:
-            yield pack([p.group for p in batch]), [row for p in batch for row in p.rows]
-            batch = []
-        batch.append(piece)
-    yield pack([p.group for p in batch]), [row for p in batch for row in p.rows]
+    return pieces
 
 
-@dataclass
-class _Piece:
-    group: Group
-    rows: list[int]
-    num_tokens: int
+def _fill(pieces: list[_Piece], max_tokens: int) -> list[list[_Piece]]:
+    batches: list[list[_Piece]] = []
+    room = 0
+    for piece in pieces:
+        if piece.num_tokens > room:
+            batches.append([])
+            room = max_tokens
+        batches[-1].append(piece)
+        room -= piece.num_tokens
+    return batches
 
 
 # ---- log-probs
@@ -205,14 +239,15 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_Q: Tensor, _) -> tuple[Tensor, Tensor, None]:
         x_QD, head_VD, targets_Q = ctx.saved_tensors
-        head, grad_x, grad_head = head_VD.to(x_QD.dtype), torch.empty_like(x_QD), torch.zeros_like(head_VD)
+        head, grad_x = head_VD.to(x_QD.dtype), torch.empty_like(x_QD)
+        grad_head = torch.zeros(head.shape, device=head.device)  # float32, also of a bfloat16 head: it is a sum over many parts
         for part in _HeadLogprobs.parts(x_QD, head):
             grad_PV = (x_QD[part] @ head.T).softmax(dim=-1, dtype=torch.float32)
             grad_PV[torch.arange(len(grad_PV)), targets_Q[part]] -= 1
             grad_PV = grad_PV.mul_(-grad_Q[part, None]).to(head.dtype)
             grad_x[part] = grad_PV @ head
             grad_head += grad_PV.T @ x_QD[part]
-        return grad_x, grad_head, None
+        return grad_x, grad_head.to(head_VD.dtype), None
 
     @staticmethod
     def parts(x_QD: Tensor, head_VD: Tensor) -> list[slice]:

@@ -20,10 +20,10 @@ Shapes: N problems (groups), G samples a problem, B rows (responses), T tokens. 
 
 import ctypes
 import math
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +32,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import parallel
 from config import Config, config_from_command_line
 from data import Problem, check_overlap, load_demonstrations, load_problems
 from data.tokenizer import Tokenizer
-from model import Transformer
-from packing import micro_batches, token_logprobs
-from rundir import RunDir, describe_step, truncation_warning, uninterrupted
+from model import Transformer, whole_tensor
+from packing import Packed, micro_batches, token_logprobs
+from parallel import uninterrupted
+from rundir import RunDir, describe_step, truncation_warning
 from sampler import sample
 from verify import verify_many
 
@@ -184,7 +186,7 @@ def finish_step(policy: Transformer, optimizer: torch.optim.Optimizer, loss: flo
 
     Raises FloatingPointError naming the saved rows.
     """
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), run.cfg.optimizer.grad_clip))
+    grad_norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), run.cfg.optimizer.grad_clip)))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         run.append("nonfinite_batch.jsonl", rows)
         dump = run.path / "nonfinite_batch.jsonl"
@@ -215,23 +217,31 @@ def encode_prompt(tokenizer: Tokenizer, question: str, cfg: Config, context: tup
 def respond(
     policy: Transformer, tokenizer: Tokenizer, problems: list[Problem], cfg: Config, *, seed: int, place: tuple[int, int], **sampling
 ) -> tuple[list[list[Trajectory]], dict[str, float]]:
-    """Sample responses to the problems and score them 0/1. Returns trajectories [problem][sample] and the seconds each part took."""
-    start = time.perf_counter()
-    prompts = [encode_prompt(tokenizer, p.prompt, cfg, p.context) for p in problems]
+    """Sample responses to the problems and score them 0/1. Returns trajectories [problem][sample] and the seconds each part took.
+
+    Every process samples for its share of the problems, from weights of its own; then all of them know all trajectories."""
+    sampler, share = policy.copy_as(getattr(torch, cfg.compute.dtype)), parallel.share(len(problems))
     limits = {"max_new_tokens": cfg.sampling.max_new_tokens, "stop_ids": tokenizer.stop_ids, "max_rows": cfg.compute.max_rows}
-    completions = sample(policy.copy_as(getattr(torch, cfg.compute.dtype)), prompts, seed=seed, **limits, **sampling)
-    sampled = time.perf_counter()
-    flat = [(p, prompt, c) for p, prompt, group in zip(problems, prompts, completions, strict=True) for c in group]
-    texts = [tokenizer.decode(c.ids) for _, _, c in flat]
-    verdicts = verify_many([p for p, _, _ in flat], texts)
-    trajectories = [
-        Trajectory(problem=p.id, iteration=place[0], step=place[1], prompt_ids=prompt, ids=c.ids, logps=c.logps, finished=c.finished,
-                   response=text, reason=v.reason, reward=float(v.correct))
-        for (p, prompt, c), text, v in zip(flat, texts, verdicts, strict=True)
-    ]  # fmt: skip
-    G = sampling["num_samples"]
-    groups = [trajectories[i : i + G] for i in range(0, len(trajectories), G)]
-    return groups, {"time/rollout_s": sampled - start, "time/verify_s": time.perf_counter() - sampled}
+
+    def sample_and_verify() -> tuple[list[list[Trajectory]], float, float]:
+        start, mine = time.perf_counter(), problems[share]
+        prompts = [encode_prompt(tokenizer, p.prompt, cfg, p.context) for p in mine]
+        completions = sample(sampler, prompts, seed=seed, first_prompt=share.start, **limits, **sampling)
+        sampled = time.perf_counter()
+        flat = [(p, prompt, c) for p, prompt, group in zip(mine, prompts, completions, strict=True) for c in group]
+        texts = [tokenizer.decode(c.ids) for _, _, c in flat]
+        verdicts = verify_many([p for p, _, _ in flat], texts)
+        trajectories = [
+            Trajectory(problem=p.id, iteration=place[0], step=place[1], prompt_ids=prompt, ids=c.ids, logps=c.logps, finished=c.finished,
+                       response=text, reason=v.reason, reward=float(v.correct))
+            for (p, prompt, c), text, v in zip(flat, texts, verdicts, strict=True)
+        ]  # fmt: skip
+        G = sampling["num_samples"]
+        groups = [trajectories[i : i + G] for i in range(0, len(trajectories), G)]
+        return groups, sampled - start, time.perf_counter() - sampled
+
+    groups, rollout_s, verify_s = zip(*parallel.gather(sample_and_verify), strict=True)
+    return [group for part in groups for group in part], {"time/rollout_s": max(rollout_s), "time/verify_s": max(verify_s)}
 
 
 def next_problems(problems: list[Problem], count: int, run: RunDir) -> list[Problem]:
@@ -272,7 +282,13 @@ def sample_groups(policy, tokenizer, problems, run: RunDir, step: int) -> tuple[
 
 def compute_precision(cfg: Config) -> torch.autocast:
     """Where the products of the forward pass are of compute.dtype; weights, log-probs and losses are float32 all the same."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=cfg.compute.dtype == "bfloat16")
+    return torch.autocast(parallel.device().type, torch.bfloat16, enabled=cfg.compute.dtype == "bfloat16")
+
+
+def training_batches(groups: list[tuple[list[int], list[list[int]]]], cfg: Config) -> Iterator[tuple[Packed, list[int]]]:
+    """This process's micro-batches of (prompt ids, [response ids, ...]) groups and the numbers of their responses. All processes get
+    equally many, of which some may count for nothing: their numbers are an empty list."""
+    return micro_batches(groups, cfg.compute.micro_batch_tokens, parallel.rank(), parallel.num_ranks(), parallel.device())
 
 
 def id_groups(groups: list[list[Trajectory]]) -> list[tuple[list[int], list[list[int]]]]:
@@ -282,11 +298,13 @@ def id_groups(groups: list[list[Trajectory]]) -> list[tuple[list[int], list[list
 @torch.no_grad()
 def response_logprobs(model: Transformer, groups: list[list[Trajectory]], cfg: Config) -> list[Tensor]:
     """Log-probs of every response's tokens, one tensor a response, as the trainer computes them."""
-    logps: dict[int, Tensor] = {}
+    mine: dict[int, Tensor] = {}
     with compute_precision(cfg):
-        for batch, members in micro_batches(id_groups(groups), cfg.compute.micro_batch_tokens):
+        for batch, members in training_batches(id_groups(groups), cfg):
             logp, _ = token_logprobs(model, batch, cfg.sampling.temperature)
-            logps |= zip(members, logp.split(batch.response_lengths), strict=True)
+            if members:
+                mine |= zip(members, logp.cpu().split(batch.response_lengths), strict=True)
+    logps = {b: logp for part in parallel.gather(lambda: mine) for b, logp in part.items()}
     return [logps[b] for b in range(len(logps))]
 
 
@@ -303,16 +321,20 @@ def accumulate_gradient(
     weight_BT, adv_B = token_weights(mask_BT, cfg.rl.aggregation, **budget), adv_NG.flatten()
     totals = dict.fromkeys(("loss", "kl", "entropy", "gap", "gap_max", "tokens", "clip_low", "clip_high"), 0.0)
     with compute_precision(cfg):
-        for batch, members in micro_batches(id_groups(groups), cfg.compute.micro_batch_tokens):
+        for batch, members in training_batches(id_groups(groups), cfg):
+            logp, entropy = token_logprobs(policy, batch, cfg.sampling.temperature)
+            if not members:
+                (0.0 * logp.sum()).backward()
+                continue
             weight, adv = weight_BT[members][mask_BT[members]], adv_B[members].repeat_interleave(length_B[members])
             sampler_logp = torch.tensor([logp for b in members for logp in rows[b].logps])
             old_logp = torch.cat([old_logps[b] for b in members]) if old_logps else sampler_logp
             if cfg.rl.importance_cap > 0:
                 weight = weight * (old_logp - sampler_logp).exp().clamp(max=cfg.rl.importance_cap)
-            logp, entropy = token_logprobs(policy, batch, cfg.sampling.temperature)
+            old_logp, adv, weight, sampler_logp = (x.to(logp.device) for x in (old_logp, adv, weight, sampler_logp))
             loss, counts = grpo_loss(logp, old_logp, adv, weight, clip_low=cfg.rl.clip_low, clip_high=cfg.rl.clip_high)
             if ref_logps:
-                kl = kl_loss(logp, torch.cat([ref_logps[b] for b in members]), weight)
+                kl = kl_loss(logp, torch.cat([ref_logps[b] for b in members]).to(logp.device), weight)
                 loss = loss + cfg.rl.kl_coef * kl
                 totals["kl"] += kl.item()
             loss.backward()
@@ -320,7 +342,7 @@ def accumulate_gradient(
             counts |= {"loss": loss, "entropy": entropy.sum(), "gap": gap.sum()}
             totals = {name: value + (counts[name].item() if name in counts else 0.0) for name, value in totals.items()}
             totals["gap_max"] = max(totals["gap_max"], gap.max().item())
-    return totals
+    return parallel.total(totals)
 
 
 def update(policy: Transformer, optimizer, reference: Transformer | None, groups: list[list[Trajectory]], run: RunDir) -> dict[str, float]:
@@ -361,7 +383,7 @@ def explore(
         run.load_optimizer(optimizer)
     reference = None
     if cfg.rl.kl_coef > 0:
-        reference = Transformer(policy.config)
+        reference = prepare(Transformer(policy.config), cfg)
         reference.load_state_dict(theta_i)
     bar = tqdm(range(now.step + 1, num_steps + 1), initial=now.step, total=num_steps, desc=f"RL {now.iteration + 1}", leave=False)
     drawn, evaluation_owed = now.problems_drawn, False
@@ -393,11 +415,11 @@ def explore(
                 evaluate(run, policy, tokenizer, heldout, "rl")
                 evaluation_owed = False
             if step % cfg.save_every == 0 or step == num_steps:
-                run.save(policy, optimizer)
+                run.save(policy, optimizer, theta_i)
     except KeyboardInterrupt:
         if now.step > 0 and not evaluation_owed:  # the weights are those of the last finished step
             now.problems_drawn = drawn
-            run.save(policy, optimizer)
+            run.save(policy, optimizer, theta_i)
         raise
     return trajectories
 
@@ -413,31 +435,48 @@ def rft(run: RunDir, policy: Transformer, pairs: list[tuple[list[int], list[int]
     """
     cfg, now = run.cfg, run.progress
     optimizer = new_optimizer(policy, cfg)
+    if now.rft_step > 0:
+        run.load_optimizer(optimizer)
     steps_per_epoch = math.ceil(len(pairs) / cfg.rft.batch_size)
     num_steps = cfg.rft.epochs * steps_per_epoch
     losses: list[float] = []
-    for step in tqdm(range(num_steps), desc=f"RFT {now.iteration + 1}", leave=False):
-        epoch, position = divmod(step, steps_per_epoch)
-        if position == 0:
+    try:
+        for step in tqdm(
+            range(now.rft_step, num_steps), initial=now.rft_step, total=num_steps, desc=f"RFT {now.iteration + 1}", leave=False
+        ):
+            parallel.check_stop()
+            epoch, position = divmod(step, steps_per_epoch)
             order = np.random.default_rng((cfg.seed, now.iteration, epoch)).permutation(len(pairs))
-        rows = [pairs[i] for i in order[position * cfg.rft.batch_size : (position + 1) * cfg.rft.batch_size]]
-        num_tokens = sum(len(response) for _, response in rows)
-        lr = cfg.rft.lr * min((step + 1) / (cfg.rft.warmup_steps + 1), (num_steps - step) / num_steps)
-        set_lr(optimizer, lr)
-        step_loss = 0.0
-        for batch, _ in micro_batches([(prompt, [response]) for prompt, response in rows], cfg.compute.micro_batch_tokens):
-            with compute_precision(cfg):
-                logp, _ = token_logprobs(policy, batch)
-            loss = sft_loss(logp, torch.full_like(logp, 1 / num_tokens))
-            loss.backward()
-            step_loss += loss.item()
-        grad_norm = finish_step(policy, optimizer, step_loss, [{"prompt_ids": p, "ids": r} for p, r in rows], run)
-        losses.append(step_loss)
-        record = {"phase": "rft", "iteration": now.iteration, "step": step + 1, "rl_steps": now.rl_steps}
-        record |= {"rft/loss": step_loss, "rft/lr": lr, "rft/grad_norm": grad_norm}
-        end_of_epoch = position == steps_per_epoch - 1
-        mean_loss = np.mean(losses[-steps_per_epoch:])
-        run.log(record, f"RFT {now.iteration + 1} epoch {epoch + 1}/{cfg.rft.epochs}  loss {mean_loss:.4f}" if end_of_epoch else None)
+            rows = [pairs[i] for i in order[position * cfg.rft.batch_size : (position + 1) * cfg.rft.batch_size]]
+            lr = cfg.rft.lr * min((step + 1) / (cfg.rft.warmup_steps + 1), (num_steps - step) / num_steps)
+            set_lr(optimizer, lr)
+            with uninterrupted():
+                step_loss, grad_norm = rft_step(run, policy, optimizer, rows)
+                losses.append(step_loss)
+                now.rft_step = step + 1
+                record = {"phase": "rft", "iteration": now.iteration, "step": step + 1, "rl_steps": now.rl_steps}
+                record |= {"rft/loss": step_loss, "rft/lr": lr, "rft/grad_norm": grad_norm}
+                line = f"RFT {now.iteration + 1} epoch {epoch + 1}/{cfg.rft.epochs}  loss {np.mean(losses[-steps_per_epoch:]):.4f}"
+                run.log(record, line if position == steps_per_epoch - 1 else None)
+            if (step + 1) % cfg.rft.save_every == 0 or step + 1 == num_steps:
+                run.save(policy, optimizer)
+    except KeyboardInterrupt:
+        if now.rft_step > 0:
+            run.save(policy, optimizer)
+        raise
+
+
+def rft_step(run: RunDir, policy: Transformer, optimizer, rows: list[tuple[list[int], list[int]]]) -> tuple[float, float]:
+    """One optimizer step on a batch of (prompt ids, response ids); returns its loss (nat a token) and gradient norm."""
+    num_tokens, loss_sum = sum(len(response) for _, response in rows), 0.0
+    for batch, members in training_batches([(prompt, [response]) for prompt, response in rows], run.cfg):
+        with compute_precision(run.cfg):
+            logp, _ = token_logprobs(policy, batch)
+        loss = sft_loss(logp, torch.full_like(logp, 1 / num_tokens if members else 0.0))
+        loss.backward()
+        loss_sum += loss.item()
+    loss_sum = parallel.total({"loss": loss_sum})["loss"]
+    return loss_sum, finish_step(policy, optimizer, loss_sum, [{"prompt_ids": p, "ids": r} for p, r in rows], run)
 
 
 # ----------------------------------------------------------------------------------------------------------------- evaluate
@@ -492,20 +531,20 @@ def run_rloop(run: RunDir, policy: Transformer, tokenizer: Tokenizer, problems: 
     cfg, now = run.cfg, run.progress
     while now.iteration < cfg.iterations:
         i = now.iteration
-        theta_i = copy_weights(policy)
-        if now.step > 0:  # continuing inside a phase: the policy is phi, and theta_i was exported when it was made
-            start = run.path / "policies" / f"theta_{i}" if i > 0 else None
-            theta_i = load_policy(cfg, start).state_dict()
-        trajectories = explore(run, policy, tokenizer, problems, heldout, cfg.rl.steps, theta_i)
-        run.save_policy(policy, f"rl_{i + 1}")
-        experts = select_experts(trajectories, max_success_rate=cfg.select.max_success_rate, max_per_problem=cfg.select.max_per_problem)
-        log_experts(run, trajectories, experts)
-        policy.load_state_dict(theta_i)  # RFT starts from theta_i, not from the RL policy
+        if now.rft_step == 0:
+            theta_i = run.load_theta(policy) if now.step > 0 else copy_weights(policy)
+            trajectories = explore(run, policy, tokenizer, problems, heldout, cfg.rl.steps, theta_i)
+            run.save_policy(policy, f"rl_{i + 1}")
+            experts = select_experts(trajectories, max_success_rate=cfg.select.max_success_rate, max_per_problem=cfg.select.max_per_problem)
+            log_experts(run, trajectories, experts)
+            policy.load_state_dict(theta_i)  # RFT starts from theta_i, not from the RL policy
+        else:  # continuing inside RFT: the policy is on its way from theta_i to theta_{i+1}
+            experts = [Trajectory(**record) for record in run.read(f"experts/iteration_{i + 1}.jsonl")]
         if experts:  # else theta_{i+1} = theta_i, and log_experts has said so
             rft(run, policy, [(t.prompt_ids, t.ids) for t in experts])
         evaluate(run, policy, tokenizer, heldout, "rft")
         run.save_policy(policy, f"theta_{i + 1}")
-        now.iteration, now.step = i + 1, 0
+        now.iteration, now.step, now.rft_step = i + 1, 0, 0
         run.save(policy)
 
 
@@ -528,8 +567,10 @@ def log_experts(run: RunDir, trajectories: list[Trajectory], experts: list[Traje
 
 
 def run_rl(run: RunDir, policy: Transformer, tokenizer: Tokenizer, problems: list[Problem], heldout: list[Problem]) -> None:
-    """Plain RL, the baseline: the same number of RL steps in one phase from theta_0."""
-    theta_0 = load_policy(run.cfg).state_dict()
+    """Plain RL, the baseline: the same number of RL steps in one phase from theta_0, which only a KL term needs to remember."""
+    theta_0 = {}
+    if run.cfg.rl.kl_coef > 0:
+        theta_0 = run.load_theta(policy) if run.progress.step > 0 else copy_weights(policy)
     explore(run, policy, tokenizer, problems, heldout, run.cfg.iterations * run.cfg.rl.steps, theta_0)
     run.save_policy(policy, "rl_1")
 
@@ -551,13 +592,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)
 
 
-def load_policy(cfg: Config, path: Path | None = None) -> Transformer:
-    if cfg.model.random_init and path is None:
-        policy = Transformer.from_config(cfg.model.path, seed=cfg.seed)
-    else:
-        policy = Transformer.from_pretrained(path or cfg.model.path)
-    policy.checkpoint_activations = cfg.compute.checkpoint_activations
-    return policy.compile_blocks() if cfg.compute.compile else policy
+def load_policy(cfg: Config) -> Transformer:
+    if cfg.model.random_init:
+        return prepare(Transformer.from_config(cfg.model.path, seed=cfg.seed), cfg)
+    return prepare(Transformer.from_pretrained(cfg.model.path), cfg)
+
+
+def prepare(policy: Transformer, cfg: Config) -> Transformer:
+    """For training at scale, in this order: activation checkpointing, torch.compile, shards."""
+    for block in policy.model.layers:
+        block.checkpoint_activations = cfg.compute.checkpoint_activations
+    if cfg.compute.compile:
+        policy.compile_blocks()
+    return parallel.shard(policy, dtype=getattr(torch, cfg.compute.dtype), replicas=cfg.compute.replicas)
 
 
 def countdown_options(cfg: Config) -> dict[str, int]:
@@ -602,17 +649,18 @@ def run_method(cfg: Config) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's pre-emption is Ctrl-C
     try:
-        cfg = config_from_command_line(arguments)
-        run_method(cfg)
+        with parallel.processes():
+            cfg = config_from_command_line(arguments)
+            run_method(cfg)
+            report = [sys.executable, str(Path(__file__).with_name("report.py")), cfg.run_dir]
+            return parallel.on_main(lambda: subprocess.run(report).returncode)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on after the last checkpoint", file=sys.stderr)
         return 130
-    return subprocess.run([sys.executable, str(Path(__file__).with_name("report.py")), cfg.run_dir]).returncode
 
 
 if __name__ == "__main__":

@@ -90,10 +90,12 @@ def sample(
     stop_ids: set[int],
     seed: int,
     max_rows: int,
+    first_prompt: int = 0,
 ) -> list[list[Completion]]:
     """Sample num_samples completions of every prompt; returns them as [prompt][sample].
 
-    max_rows bounds the rows decoded at once; the result does not depend on it.
+    max_rows bounds the rows decoded at once; the result does not depend on it. first_prompt is the number of the first prompt, where the
+    prompts are one process's part of many: the random streams go by these numbers.
     Raises ValueError for an empty prompt, ids outside the vocabulary, or arguments out of range; FloatingPointError for non-finite logits.
     """
     _check(model, prompts, num_samples, max_new_tokens, temperature, top_p, top_k, max_rows)
@@ -113,7 +115,7 @@ def sample(
             batch = [waiting.popleft() for _ in range(min(len(waiting), num_rows - len(rows)))]
             _prefill(model, prompts, [p for p in dict.fromkeys(p for p, _ in batch) if p not in prefilled], prefilled)
             for p, g in batch:
-                uniforms = np.random.default_rng((seed, p, g)).random(max_new_tokens + stride - 1)
+                uniforms = np.random.default_rng((seed, first_prompt + p, g)).random(max_new_tokens + stride - 1)
                 rows.append(_Row(results[p][g], len(prompts[p]), uniforms))
             _admit(cache, len(rows) - len(batch), [prefilled[p] for p, _ in batch])
             logits_RV = torch.cat([logits_RV, torch.stack([prefilled[p][2] for p, _ in batch])])

@@ -248,7 +248,8 @@ def test_activation_checkpointing_leaves_the_gradient_and_keeps_less(small_run, 
     kept = []
 
     def update(name: str, checkpointing: bool):
-        tiny.checkpoint_activations = checkpointing
+        for block in tiny.model.layers:
+            block.checkpoint_activations = checkpointing
         sizes: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.update({x.data_ptr(): x.nbytes}), x)[1], lambda x: x):
             gradient, _ = gradient_of_update(small_run, tiny, name, groups, "--optimizer.grad_clip", "1e9")

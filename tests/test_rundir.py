@@ -21,6 +21,7 @@ FILES = (
     *("trajectories/iteration_1.jsonl", "trajectories/iteration_2.jsonl", "experts/iteration_1.jsonl", "experts/iteration_2.jsonl"),
     *("evaluations.jsonl", "policies/theta_1/model.safetensors", "policies/theta_2/model.safetensors", "policies/rl_2/model.safetensors"),
 )
+TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 
 
 @pytest.fixture
@@ -121,8 +122,7 @@ def stopped_run(config, monkeypatch, name="run"):
 @pytest.mark.parametrize(
     ("file", "how", "said"),
     [
-        *(("policy.safetensors", how, "policy.safetensors") for how in ("cut", "gone", "changed")),
-        *(("optimizer.safetensors", how, "optimizer.safetensors") for how in ("cut", "gone", "changed")),
+        *((TENSORS, how, TENSORS) for how in ("cut", "gone", "changed")),
         *(("state.json", how, "Error") for how in ("cut", "gone")),
         *(("../../trajectories/iteration_2.jsonl", how, "trajectories/iteration_2.jsonl") for how in ("cut", "gone")),
     ],
@@ -148,10 +148,10 @@ def test_damaged_checkpoint_is_set_aside_and_the_older_one_taken(config, monkeyp
 def test_all_checkpoints_damaged_changes_nothing(config, monkeypatch):
     """Fault: a run whose checkpoints are all damaged starts anew over its own files."""
     cfg, run = stopped_run(config, monkeypatch)
-    for policy in run.path.glob("checkpoints/*/policy.safetensors"):
-        policy.write_bytes(b"")
+    for tensors in run.path.glob(f"checkpoints/*/{TENSORS}"):
+        tensors.write_bytes(b"")
     before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match=r"no checkpoint is whole \(.*policy.safetensors has 0 bytes, expected"):
+    with pytest.raises(ValueError, match=rf"no checkpoint is whole \(.*{TENSORS} has 0 bytes, expected"):
         RunDir(cfg)
     assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
 

@@ -277,6 +277,8 @@ class Transformer(nn.Module):
         if self._rope_freq is None or self._rope_freq.device != ids_T.device:
             self._rope_freq = rope_frequencies(self.config).to(ids_T.device)
         x_TD = self.model.embed_tokens(ids_T)
+        if torch.is_autocast_enabled(ids_T.device.type):
+            x_TD = x_TD.float()  # the sum over the blocks is float32, also where FSDP hands out bfloat16 weights
         angle_T1E = torch.cat([pos_T[..., None, None] * self._rope_freq] * 2, dim=-1)
         rope = angle_T1E.cos().to(x_TD.dtype), angle_T1E.sin().to(x_TD.dtype)
         for block in self.model.layers:
@@ -342,8 +344,10 @@ class Transformer(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "Transformer":
-        """Load a Hugging Face directory (one safetensors file, or shards with their index).
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
+    ) -> "Transformer":
+        """Load a Hugging Face directory (one safetensors file, or shards with their index). dtype None: as they are in the file.
 
         Weights of the same dtype stay memory-mapped, a page being copied when it is written; others are converted one at a time.
         Raises ValueError that names the file and the tensor: unsupported architecture, missing, unexpected or misshapen tensors, a broken

@@ -173,19 +173,20 @@ def shard(model: nn.Module, *, dtype: torch.dtype, replicas: int) -> nn.Module:
     compilation are set. With replicas > 1 (HSDP) the model is sharded within that many groups of processes, which hold copies of it.
 
     Parameters, gradients and the optimizer are float32 shards; blocks compute in dtype. Gradients are summed, not averaged: the loss is
-    divided by the token count of the whole step already. One process: the model as it is.
+    divided by the token count of the whole step already. Weights become float32 here, block by block, so that a process never holds a
+    large model whole in memory. One process: the model itself.
     """
     if not dist.is_initialized():
-        return model.to(device())
+        return model.to(device(), torch.float32)
     if num_ranks() % replicas:
         raise ValueError(f"compute.replicas = {replicas}: must divide the number of processes, {num_ranks()}")
     shape, names = (num_ranks(),), ("shard",)
     if replicas > 1:
         shape, names = (replicas, num_ranks() // replicas), ("replicate", "shard")
     mesh = init_device_mesh(device().type, shape, mesh_dim_names=names)
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(module.float(), mesh=mesh, mp_policy=precision)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
     register_fsdp_forward_method(model, "hidden")

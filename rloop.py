@@ -383,7 +383,7 @@ def explore(
         run.load_optimizer(optimizer)
     reference = None
     if cfg.rl.kl_coef > 0:
-        reference = prepare(Transformer(policy.config), cfg)
+        reference = load_policy(cfg)
         reference.load_state_dict(theta_i)
     bar = tqdm(range(now.step + 1, num_steps + 1), initial=now.step, total=num_steps, desc=f"RL {now.iteration + 1}", leave=False)
     drawn, evaluation_owed = now.problems_drawn, False
@@ -593,13 +593,11 @@ def keep_freed_memory() -> None:
 
 
 def load_policy(cfg: Config) -> Transformer:
+    """theta_0, made ready in this order: activation checkpointing, torch.compile, shards."""
     if cfg.model.random_init:
-        return prepare(Transformer.from_config(cfg.model.path, seed=cfg.seed), cfg)
-    return prepare(Transformer.from_pretrained(cfg.model.path), cfg)
-
-
-def prepare(policy: Transformer, cfg: Config) -> Transformer:
-    """For training at scale, in this order: activation checkpointing, torch.compile, shards."""
+        policy = Transformer.from_config(cfg.model.path, seed=cfg.seed)
+    else:
+        policy = Transformer.from_pretrained(cfg.model.path, dtype=None)
     for block in policy.model.layers:
         block.checkpoint_activations = cfg.compute.checkpoint_activations
     if cfg.compute.compile:

@@ -295,8 +295,9 @@ class Transformer(nn.Module):
         return (self.model.embed_tokens if self.config.tie_embeddings else self.lm_head).weight
 
     def copy_as(self, dtype: torch.dtype) -> "Transformer":
-        """The model with its weights of now, whole and in a dtype, for sampling; itself when it is like that. The copy's memory is kept
-        and filled anew by the next call. (Of sharded weights every process gets a copy, one tensor after the other.)"""
+        """The model with its weights of now, whole and in a dtype, for sampling; itself when it is like that. The copy is filled anew by
+        the next call, and free_copies gives its memory back meanwhile. (Of sharded weights every process gets a copy, one tensor after
+        the other.)"""
         state = self.state_dict()  # FSDP puts its shards in place for this
         if self.head_weight.dtype == dtype and not isinstance(self.head_weight, DTensor):
             return self
@@ -309,8 +310,16 @@ class Transformer(nn.Module):
         copy = self._copies[dtype]
         with torch.no_grad():
             for name, theirs in copy.state_dict().items():
+                if not theirs.untyped_storage().nbytes():
+                    theirs.untyped_storage().resize_(theirs.nbytes)
                 theirs.copy_(whole_tensor(state[name]))
         return copy
+
+    def free_copies(self) -> None:
+        """Give the memory of the copies back until the next copy_as: training needs it."""
+        for copy in self._copies.values():
+            for weight in copy.parameters():
+                weight.untyped_storage().resize_(0)
 
     def compile_blocks(self) -> "Transformer":
         """Compile what a block does before and after attention (torch.compile; on a CPU it needs a C++ compiler). One compilation serves

@@ -241,6 +241,7 @@ def respond(
         return groups, sampled - start, time.perf_counter() - sampled
 
     groups, rollout_s, verify_s = zip(*parallel.gather(sample_and_verify), strict=True)
+    policy.free_copies()  # training needs the memory
     return [group for part in groups for group in part], {"time/rollout_s": max(rollout_s), "time/verify_s": max(verify_s)}
 
 

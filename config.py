@@ -199,15 +199,25 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     return dataclasses.replace(config, run_dir=run_dir)
 
 
-def config_from_command_line(arguments: list[str]) -> Config:
-    """`--config FILE [--section.key value ...]`."""
+def config_from_command_line(arguments: list[str]) -> tuple[Config, dict[str, float] | None]:
+    """`--config FILE [--section.key value ...] [--plan [--gpus N] [--gpu-memory-gb M]]`. Returns the config and, with --plan, the machine
+    that the plan is for."""
     parser = argparse.ArgumentParser(
         description="RLoop: explore with RL, keep the experts, fine-tune the policy that the phase began with, repeat.",
         epilog="Every key of the config can be overridden: --method rl --seed 1 --rl.lr 1e-4 --run_dir runs/rl-1",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a complete TOML file, such as configs/countdown.toml")
+    parser.add_argument("--plan", action="store_true", help="print what the run will need (memory, time, disk), and do nothing")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="with --plan: of this many GPUs")
+    parser.add_argument("--gpu-memory-gb", type=float, default=80, metavar="M", help="with --plan: of this size, in GB of 2^30 bytes")
     known, overrides = parser.parse_known_args(arguments)
-    return load_config(known.config, overrides)
+    machine = {"gpus": known.gpus, "gpu_memory_gb": known.gpu_memory_gb}
+    for name, value in machine.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        if not known.plan and value != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')}: goes with --plan; torchrun says how many processes there are")
+    return load_config(known.config, overrides), machine if known.plan else None
 
 
 def config_dict(config: Config) -> dict:

@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import parallel
+import plan
 from config import Config, config_from_command_line
 from data import Problem, check_overlap, load_demonstrations, load_problems
 from data.tokenizer import Tokenizer
@@ -650,7 +651,10 @@ def run_method(cfg: Config) -> None:
 def main(arguments: list[str]) -> int:
     try:
         with parallel.processes():
-            cfg = config_from_command_line(arguments)
+            cfg, machine = config_from_command_line(arguments)
+            if machine is not None:
+                print(plan.report(cfg, **machine))
+                return 0
             run_method(cfg)
             report = [sys.executable, str(Path(__file__).with_name("report.py")), cfg.run_dir]
             return parallel.on_main(lambda: subprocess.run(report).returncode)

@@ -5,10 +5,12 @@ import dataclasses
 import gc
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
@@ -17,7 +19,7 @@ import plan
 from config import load_config
 from model import Transformer, TransformerConfig
 from packing import micro_batches, token_logprobs
-from rloop import keep_freed_memory, main
+from rloop import Trajectory, keep_freed_memory, main
 from sampler import sample
 
 SMALL = {
@@ -179,6 +181,18 @@ def test_work_of_a_step_by_hand(tmp_path):
     assert work["training"] / (6 * without_embedding * tokens / 2) == pytest.approx(1, abs=0.2)
     again = plan.step_work(c, dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, checkpoint_activations=True)))
     assert again["training"] / work["training"] == pytest.approx(4 / 3, abs=0.04)
+
+
+def test_bytes_of_a_response_token():
+    """Fault: trajectories that are larger in a message, in memory or on disk than planned."""
+    rng, T = np.random.default_rng(0), 4096
+    logps = torch.tensor(-rng.exponential(size=T)).float().tolist()
+    ids = rng.integers(0, QWEN["vocab_size"], size=T).tolist()
+    trajectory = Trajectory(problem="p", iteration=0, step=1, prompt_ids=[1], ids=ids, logps=logps, finished=True, response="abc " * T,
+                            reason="correct", reward=1.0)  # fmt: skip
+    numbers = sum(8 + sys.getsizeof(x) for x in (*ids, *logps)) + sys.getsizeof(trajectory.response)
+    sizes = (len(pickle.dumps(trajectory)), numbers, len(json.dumps(vars(trajectory))))
+    assert [size / T for size in sizes] == pytest.approx([plan.PICKLED, plan.LISTED, plan.WRITTEN], rel=0.1)
 
 
 @pytest.mark.parametrize(

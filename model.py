@@ -316,9 +316,9 @@ class Transformer(nn.Module):
         return copy
 
     def free_copies(self) -> None:
-        """Give the memory of the copies back until the next copy_as: training needs it."""
+        """Give the memory of a sharded model's copies back until the next copy_as: training needs it. (A whole model's stay.)"""
         for copy in self._copies.values():
-            for weight in copy.parameters():
+            for weight in copy.parameters() if isinstance(self.head_weight, DTensor) else ():
                 weight.untyped_storage().resize_(0)
 
     def compile_blocks(self) -> "Transformer":

@@ -74,6 +74,8 @@ def always(c: TransformerConfig, cfg: Config, gpus: int) -> dict[str, float]:
     block, root = count_parameters(c)
     shard = 4.0 * (c.num_layers * block + root) * cfg.compute.replicas / gpus
     parts = {"float32 master weights": shard}
+    if gpus == 1 and cfg.compute.dtype != "float32":
+        parts["weights for the sampler"] = float((c.num_layers * block + root) * NUM_BYTES[cfg.compute.dtype])
     if cfg.method != "eval":
         parts |= {"float32 gradients": shard, "AdamW moments": 2 * shard}
     if cfg.method == "rloop" or cfg.rl.kl_coef > 0:
@@ -86,7 +88,7 @@ def always(c: TransformerConfig, cfg: Config, gpus: int) -> dict[str, float]:
 def sampling(
     c: TransformerConfig, cfg: Config, gpus: int, rows: int, *, prompt_tokens: int = PROMPT_TOKENS, stride: int = STRIDE
 ) -> dict[str, float]:
-    """While rows responses are decoded at once. The copy of the weights and the cache are given back afterwards."""
+    """While rows responses are decoded at once. The cache is given back afterwards, and so is the whole copy of sharded weights."""
     b, (block, root) = NUM_BYTES[cfg.compute.dtype], count_parameters(c)
     num_slots = math.ceil((prompt_tokens + cfg.sampling.max_new_tokens + stride - 1) / 16) * 16
     slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * b
@@ -95,7 +97,7 @@ def sampling(
     decode = rows * c.num_heads * num_slots * (2 * b + 4)  # scores, their softmax in float32, the weights
     sorting = 28 if cfg.eval.top_p < 1 or cfg.eval.top_k > 0 else 0
     return {
-        "weights for the sampler": 0.0 if gpus == 1 and b == 4 else float((c.num_layers * block + root) * b),
+        "weights for the sampler": float((c.num_layers * block + root) * b) if gpus > 1 else 0.0,
         "KV cache": float(rows * num_slots * slot),
         "prompts' KV cache": float(prompts * prompt_tokens * slot),
         "logits and attention of a step": float(rows * c.vocab_size * 8 + max(prefill, rows * c.vocab_size * (8 + sorting) + decode)),
@@ -295,8 +297,7 @@ def report(cfg: Config, gpus: int, gpu_memory_gb: float) -> str:
         f"  the run: {cfg.iterations * cfg.rl.steps} RL steps, {cfg.iterations * cfg.rl.steps * total_seconds(seconds) / 86400:.1f} days"
     )
     sent, listed = trajectory_bytes(cfg, PICKLED), trajectory_bytes(cfg, LISTED)
-    lines += ["", f"host memory of every process, GB: {sent / 1e9:.1f} received in an RL step, as Python's numbers {listed / 1e9:.1f},"]
-    lines.append(f"  of a phase's {cfg.rl.steps} steps {cfg.rl.steps * listed / 1e9:,.1f}")
+    lines += ["", f"host memory of every process, GB: {sent / 1e9:.1f} received in an RL step, as Python's numbers {listed / 1e9:.1f}"]
     lines += ["", "disk, GB"] + [f"  {name:<45} {size / 1e9:10,.1f}" for name, size in disk(c, cfg).items()]
     return "\n".join([*lines, "", assumptions(cfg)])
 

@@ -23,7 +23,8 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,19 +147,20 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1))
 
 
-def select_experts(trajectories: list[Trajectory], *, max_success_rate: float, max_per_problem: int) -> list[Trajectory]:
+def select_experts(trajectories: Iterable[Trajectory], *, max_success_rate: float, max_per_problem: int) -> list[Trajectory]:
     """Expert set E: the correct trajectories of problems whose success rate over the phase is in (0, max_success_rate].
 
     Exact duplicates are removed. Of a problem with more than max_per_problem, evenly spaced ones are kept in the order of the steps, so
-    that they come from the whole phase and not from its end. The result may be empty.
+    that they come from the whole phase and not from its end. The result may be empty. Of the wrong ones only the number is remembered.
     """
-    by_problem: dict[str, list[Trajectory]] = {}
+    num_attempts: Counter[str] = Counter()
+    correct_of: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
-        by_problem.setdefault(trajectory.problem, []).append(trajectory)
+        num_attempts[trajectory.problem] += 1
+        correct_of.setdefault(trajectory.problem, []).extend([trajectory] if trajectory.reward == 1 else [])
     experts = []
-    for attempts in by_problem.values():
-        correct = [t for t in attempts if t.reward == 1]
-        if not correct or len(correct) > max_success_rate * len(attempts):
+    for problem, correct in correct_of.items():
+        if not correct or len(correct) > max_success_rate * num_attempts[problem]:
             continue
         unique = list({tuple(t.ids): t for t in reversed(correct)}.values())[::-1]  # the first of equal ones
         spaced = np.linspace(0, len(unique) - 1, min(len(unique), max_per_problem)).round().astype(int)
@@ -375,11 +377,10 @@ def update(policy: Transformer, optimizer, reference: Transformer | None, groups
 def explore(
     run: RunDir, policy: Transformer, tokenizer: Tokenizer, problems: list[Problem], heldout: list[Problem], num_steps: int,
     theta_i: dict[str, Tensor],
-) -> list[Trajectory]:  # fmt: skip
-    """One RL phase of num_steps steps: moves the policy away from theta_i. Returns EVERY trajectory it sampled, right or wrong."""
+) -> None:  # fmt: skip
+    """One RL phase of num_steps steps: moves the policy away from theta_i. D, EVERY trajectory it sampled, right or wrong, goes to
+    RUN/trajectories: the memory would not hold a long phase's."""
     cfg, now = run.cfg, run.progress
-    file = f"trajectories/iteration_{now.iteration + 1}.jsonl"
-    trajectories = [Trajectory(**record) for record in run.read(file)]
     optimizer = new_optimizer(policy, cfg)
     if now.step > 0:
         run.load_optimizer(optimizer)
@@ -400,8 +401,7 @@ def explore(
                 metrics = update(policy, optimizer, reference, usable, run) if usable and lr > 0 else {}
                 done = time.perf_counter()
                 rows = [t for group in sampled for t in group]
-                trajectories += rows
-                run.append(file, [vars(t) for t in rows])
+                run.append(f"trajectories/iteration_{now.iteration + 1}.jsonl", [vars(t) for t in rows])
                 now.step, now.rl_steps, now.num_trajectories = step, now.rl_steps + 1, now.num_trajectories + len(rows)
                 record = {
                     "phase": "rl", "iteration": now.iteration, "step": step, "rl_steps": now.rl_steps,
@@ -423,7 +423,6 @@ def explore(
             now.problems_drawn = drawn
             run.save(policy, optimizer, theta_i)
         raise
-    return trajectories
 
 
 # ------------------------------------------------------------------------------------------------------------------ exploit
@@ -535,14 +534,13 @@ def run_rloop(run: RunDir, policy: Transformer, tokenizer: Tokenizer, problems: 
         i = now.iteration
         if now.rft_step == 0:
             theta_i = run.load_theta(policy) if now.step > 0 else copy_weights(policy)
-            trajectories = explore(run, policy, tokenizer, problems, heldout, cfg.rl.steps, theta_i)
+            explore(run, policy, tokenizer, problems, heldout, cfg.rl.steps, theta_i)
             run.save_policy(policy, f"rl_{i + 1}")
-            experts = select_experts(trajectories, max_success_rate=cfg.select.max_success_rate, max_per_problem=cfg.select.max_per_problem)
-            log_experts(run, trajectories, experts)
+            experts = filter_experts(run)
             policy.load_state_dict(theta_i)  # RFT starts from theta_i, not from the RL policy
         else:  # continuing inside RFT: the policy is on its way from theta_i to theta_{i+1}
             experts = [Trajectory(**record) for record in run.read(f"experts/iteration_{i + 1}.jsonl")]
-        if experts:  # else theta_{i+1} = theta_i, and log_experts has said so
+        if experts:  # else theta_{i+1} = theta_i, and filter_experts has said so
             rft(run, policy, [(t.prompt_ids, t.ids) for t in experts])
         evaluate(run, policy, tokenizer, heldout, "rft")
         run.save_policy(policy, f"theta_{i + 1}")
@@ -550,22 +548,34 @@ def run_rloop(run: RunDir, policy: Transformer, tokenizer: Tokenizer, problems: 
         run.save(policy)
 
 
-def log_experts(run: RunDir, trajectories: list[Trajectory], experts: list[Trajectory]) -> None:
-    """Record what the filter kept, and say so when it kept nothing."""
-    now = run.progress
-    solved = {t.problem for t in trajectories if t.reward == 1}
+def filter_experts(run: RunDir) -> list[Trajectory]:
+    """Select the experts among the phase's trajectories; record what was kept, and say so when it was nothing."""
+    now, cfg, seen = run.progress, run.cfg.select, Counter()
+
+    def trajectories() -> Iterator[Trajectory]:
+        for record in run.lines(f"trajectories/iteration_{now.iteration + 1}.jsonl"):
+            seen.update(["all", "correct", ("solved", record["problem"])] if record["reward"] == 1 else ["all"])
+            yield Trajectory(**record)
+
+    def select() -> tuple[list[Trajectory], Counter]:
+        limits = {"max_success_rate": cfg.max_success_rate, "max_per_problem": cfg.max_per_problem}
+        return select_experts(trajectories(), **limits), seen
+
+    experts, seen = parallel.on_main(select)
+    num_solved = len(seen.keys() - {"all", "correct"})
     record = {
         "phase": "filter", "iteration": now.iteration, "rl_steps": now.rl_steps,
-        "filter/outcome": "experts" if experts else "no_experts", "filter/num_trajectories": len(trajectories),
-        "filter/num_correct": sum(t.reward == 1 for t in trajectories), "filter/num_solved_problems": len(solved),
+        "filter/outcome": "experts" if experts else "no_experts", "filter/num_trajectories": seen["all"],
+        "filter/num_correct": seen["correct"], "filter/num_solved_problems": num_solved,
         "filter/num_hard_problems": len({t.problem for t in experts}), "filter/num_experts": len(experts),
     }  # fmt: skip
-    line = f"filter {now.iteration + 1}: {record['filter/num_correct']} correct of {len(trajectories)} trajectories, {len(solved)} problems"
+    line = f"filter {now.iteration + 1}: {record['filter/num_correct']} correct of {seen['all']} trajectories, {num_solved} problems"
     line += f" solved; {len(experts)} experts on {record['filter/num_hard_problems']} hard problems"
     if not experts:
         line += f"\nno experts: no hard problem was solved, so RFT is left out and theta_{now.iteration + 1} = theta_{now.iteration}"
     run.log(record, line)
     run.append(f"experts/iteration_{now.iteration + 1}.jsonl", [vars(t) for t in experts])
+    return experts
 
 
 def run_rl(run: RunDir, policy: Transformer, tokenizer: Tokenizer, problems: list[Problem], heldout: list[Problem]) -> None:

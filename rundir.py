@@ -20,6 +20,7 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,17 +104,16 @@ class RunDir:
 
         parallel.on_main(write)
 
-    def read(self, name: str) -> list[dict]:
-        """Records of a .jsonl file of the run directory; none if it does not exist."""
-
-        def lines() -> list[dict]:
-            file = self.path / name
-            if not file.exists():
-                return []
+    def lines(self, name: str) -> Iterator[dict]:
+        """Records of a .jsonl file of the run directory, one by one; none if it does not exist. For the first process (on_main)."""
+        file = self.path / name
+        if file.exists():
             with file.open(encoding="utf-8") as stream:
-                return [json.loads(line) for line in stream]
+                yield from map(json.loads, stream)
 
-        return parallel.on_main(lines)
+    def read(self, name: str) -> list[dict]:
+        """All of these records, in every process."""
+        return parallel.on_main(lambda: list(self.lines(name)))
 
     def save_policy(self, policy: nn.Module, name: str) -> None:
         """Export the policy with its tokenizer as a Hugging Face directory RUN/policies/NAME."""

@@ -162,6 +162,22 @@ def test_bfloat16_shards_are_as_exact_as_autocast(tiny):
     assert exit_codes(start(2, sharded)) == [0, 0]
 
 
+def test_copy_of_shards_gives_its_memory_back_and_comes_again(tiny):
+    """Fault: the sampler's copy lies beside the activations (65 GB of 80 with 32B), or samples from what lay there before."""
+    ids = torch.tensor([[1, 2, 3]])
+
+    def sharded() -> int:
+        with parallel.processes():
+            expected = copy.deepcopy(tiny).to(torch.bfloat16)(ids)
+            model = parallel.shard(tiny, dtype=torch.bfloat16, replicas=1)
+            first = model.copy_as(torch.bfloat16)(ids)
+            model.free_copies()
+            left = sum(w.untyped_storage().nbytes() for each in model._copies.values() for w in each.parameters())
+            return int(left > 0 or not torch.equal(first, expected) or not torch.equal(model.copy_as(torch.bfloat16)(ids), expected))
+
+    assert exit_codes(start(2, sharded)) == [0, 0]
+
+
 def test_fewer_problems_than_processes(tmp_path):
     """Fault: a process with no problem, no usable group or no micro-batch hangs, or makes the others wait."""
     tight = ("--rl.problems_per_step", "2", "--rl.minibatches", "1", "--rft.batch_size", "1", "--rft.epochs", "1", "--data.eval_size", "2")

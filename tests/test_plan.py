@@ -71,7 +71,6 @@ def measure(path: str, dtype: str, allocator: str) -> dict[str, int]:
         forget_peak()
         sample(model.copy_as(getattr(torch, dtype)), [[1] * group["prompt"]] * (rows // group["samples"]), **options)
         peaks = {"sampling": resident("VmHWM") - base}
-        model.free_copies()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
         train(model, FEW, dtype)
         optimizer.step()
@@ -100,8 +99,10 @@ def planned(path: str, dtype: str) -> dict[str, float]:
     train = {ck: sum(always.values()) + sum(plan.training(c, cfg, 1, batch, checkpoint=ck).values()) for ck in (False, True)}
     sampling = plan.sampling(c, cfg, 1, ROWS, prompt_tokens=prompt, stride=1)
     return {
-        "sampling": always["float32 master weights"] + sum(sampling.values()), "checkpointed": train[True], "training": train[False]
-    }  # fmt: skip
+        "sampling": always["float32 master weights"] + always.get("weights for the sampler", 0.0) + sum(sampling.values()),
+        "checkpointed": train[True],
+        "training": train[False],
+    }
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
@@ -208,15 +209,6 @@ def test_a_plan_that_cannot_be_made_says_why(countdown_toml, capsys, arguments, 
     """Fault: a traceback, or a run that starts because --plan was forgotten."""
     assert main(["--config", str(countdown_toml), *arguments]) == 1
     assert message in capsys.readouterr().err
-
-
-def test_copy_gives_its_memory_back_and_comes_again(tiny):
-    """Fault: the sampler's copy lies beside the activations (65 GB of 80 with 32B), or samples from what lay there before."""
-    ids = torch.tensor([[1, 2, 3]])
-    expected = tiny.copy_as(torch.bfloat16)(ids)
-    tiny.free_copies()
-    assert sum(w.untyped_storage().nbytes() for copy in tiny._copies.values() for w in copy.parameters()) == 0
-    assert torch.equal(tiny.copy_as(torch.bfloat16)(ids), expected)
 
 
 if __name__ == "__main__":

@@ -187,9 +187,10 @@ def test_two_runs_in_one_directory(config):
     assert RunDir(cfg).path.is_dir()
 
 
-def test_run_directory_that_cannot_be_made(tmp_path, capsys):
-    """Fault: a traceback instead of an error that names the path."""
+@pytest.mark.parametrize("parent", ["file", "/proc/read-only"])
+def test_run_directory_that_cannot_be_made(tmp_path, capsys, parent):
+    """Fault: a traceback instead of an error that names the path, when a file is in the way or the place is read-only."""
     (tmp_path / "file").write_text("")
-    target = str(tmp_path / "file" / "run")
+    target = str(tmp_path / parent / "run")
     assert rloop.main(["--config", str(ROOT / "configs/countdown.toml"), *SMALL_RUN, "--run_dir", target]) == 1
-    assert target in capsys.readouterr().err
+    assert parent in capsys.readouterr().err

@@ -23,12 +23,12 @@ from rloop import Trajectory, keep_freed_memory, main
 from sampler import sample
 
 SMALL = {
-    "architectures": ["Qwen2ForCausalLM"], "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6,
+    "architectures": ["Qwen2ForCausalLM"], "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 5,
     "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
-GROUP = {"prompt": 48, "samples": 8, "response": 160}
+GROUP = {"prompt": 48, "samples": 8, "response": 128}
 FEW = {"prompt": 3, "samples": 2, "response": 2}
-ROWS, NEW_TOKENS = 256, 12
+ROWS, NEW_TOKENS = 256, 4
 
 
 def resident(key: str) -> int:

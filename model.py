@@ -101,7 +101,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(dtype)
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps).to(dtype)
 
 
 def rope_frequencies(config: TransformerConfig) -> Tensor:
@@ -170,8 +170,8 @@ class KVCache:
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TS, enable_gqa=True).transpose(1, 2)
             # of one token: the query heads of a kv head as the rows of one product, several times as fast on a CPU
             q_BKHE = q_BTHE.reshape(B, k.shape[1], -1, q_BTHE.shape[-1]) * q_BTHE.shape[-1] ** -0.5
-            weight = (q_BKHE @ k).add_(bias_B1TS).softmax(dim=-1, dtype=torch.float32)
-            return (weight.to(v.dtype) @ v).view(q_BTHE.shape)
+            weight = (q_BKHE @ k).add_(bias_B1TS).softmax(dim=-1)
+            return (weight @ v).view(q_BTHE.shape)
 
         return attend
 

@@ -117,7 +117,7 @@ def sample(
     waiting = deque((p, g) for p in range(len(prompts)) for g in range(num_samples))
     num_rows = min(max_rows, len(waiting))
     stride = STRIDE[device.type]
-    cache = KVCache(model, num_rows, max(map(len, prompts), default=0) + max_new_tokens + stride - 1)
+    cache = KVCache(model, num_rows, max(map(len, prompts), default=0))
     prefilled: dict[int, tuple[KVCache, int, Tensor]] = {}  # prompt -> its cache, row in it, next-token logits
     rows = _new_rows([], [], [], max_new_tokens + stride - 1, device)
     stops, stride_S = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device), torch.arange(stride, device=device)

@@ -102,7 +102,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(dtype)
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps).to(dtype)
 
 
 def rope_frequencies(config: TransformerConfig) -> Tensor:
@@ -143,20 +143,35 @@ def _round_up(num_slots: int) -> int:
 class KVCache:
     """Keys and values of rows, the slot of a token being its position, so that a row may sit at any length.
 
-    k[layer]: [rows, K, E, S], as a product with one query needs it; v[layer]: [rows, K, S, E]. Slots behind a row's position hold finite
-    leftovers, which the mask hides.
+    k[layer]: [rows, K, E, S]; v[layer]: [rows, K, S, E]. Slots behind a row's position hold finite leftovers, which the mask hides. There
+    are as many slots as were needed yet: a product with a part of the slots would copy that part first, at every token.
     """
 
     def __init__(self, model: "Transformer", num_rows: int, num_slots: int):
-        c, weight = model.config, model.model.embed_tokens.weight
-        S, options = _round_up(num_slots), {"dtype": weight.dtype, "device": weight.device}
-        self.k = [torch.zeros(num_rows, c.num_kv_heads, c.head_dim, S, **options) for _ in range(c.num_layers)]
-        self.v = [torch.zeros(num_rows, c.num_kv_heads, S, c.head_dim, **options) for _ in range(c.num_layers)]
+        c = model.config
+        self.weight, self.num_rows, self.num_kv_heads, self.head_dim = model.model.embed_tokens.weight, num_rows, c.num_kv_heads, c.head_dim
+        self.k, self.v = map(list, zip(*(self._zeros(_round_up(num_slots)) for _ in range(c.num_layers)), strict=True))
+
+    def _zeros(self, S: int) -> tuple[Tensor, Tensor]:
+        """K and V of a layer. K lies in memory as [S, E], which is faster to write and to multiply with; in float32 as [E, S], since that
+        order would round differently from the results in the README."""
+        v = self.weight.new_zeros(self.num_rows, self.num_kv_heads, S, self.head_dim)
+        k = v.new_zeros(self.num_rows, self.num_kv_heads, self.head_dim, S) if v.dtype == torch.float32 else v.clone().transpose(-1, -2)
+        return k, v
+
+    def grow(self, num_slots: int) -> None:
+        """To num_slots at least; what is stored stays."""
+        old = self.v[0].shape[2]
+        for layer in range(len(self.v) if num_slots > old else 0):
+            k, v = self._zeros(_round_up(num_slots))
+            k[..., :old], v[:, :, :old] = self.k[layer], self.v[layer]
+            self.k[layer], self.v[layer] = k, v
 
     def at(self, pos_BT: Tensor, num_slots: int) -> Attend:
         """New tokens of the first B rows at positions pos_BT, all below num_slots: they are stored, and see the earlier slots of their
         row. (num_slots is the caller's to know: to ask a GPU for the largest position would be to wait for it.)"""
         (B, T), num_slots = pos_BT.shape, _round_up(num_slots)
+        self.grow(num_slots)
         rows_B1 = torch.arange(B, device=pos_BT.device)[:, None]
         mask_B1TS = torch.arange(num_slots, device=pos_BT.device) <= pos_BT[:, None, :, None]
         bias_B1TS = torch.zeros(mask_B1TS.shape, dtype=self.v[0].dtype, device=pos_BT.device).masked_fill_(~mask_B1TS, -torch.inf)
@@ -171,8 +186,8 @@ class KVCache:
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TS, enable_gqa=True).transpose(1, 2)
             # of one token: the query heads of a kv head as the rows of one product, several times as fast on a CPU
             q_BKHE = q_BTHE.reshape(B, k.shape[1], -1, q_BTHE.shape[-1]) * q_BTHE.shape[-1] ** -0.5
-            weight = (q_BKHE @ k).add_(bias_B1TS).softmax(dim=-1, dtype=torch.float32)
-            return (weight.to(v.dtype) @ v).view(q_BTHE.shape)
+            weight = (q_BKHE @ k).add_(bias_B1TS).softmax(dim=-1)
+            return (weight @ v).view(q_BTHE.shape)
 
         return attend
 

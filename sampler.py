@@ -34,12 +34,26 @@ class Completion:
 
 
 @dataclass(slots=True)
-class _Row:
-    """A completion being decoded: its next token goes to position pos; uniforms[t] draws its t-th token."""
+class _Rows:
+    """The live rows: their completions, filled in when they end, and for each what the device needs to draw its next token without
+    asking the processor. T = max_new_tokens, and what the last stride may draw behind it."""
 
-    completion: Completion
-    pos: int
-    uniforms: np.ndarray
+    completions: list[Completion]
+    start_R: Tensor  # length of the prompt
+    num_R: Tensor  # tokens drawn so far
+    uniform_RT: Tensor  # the t-th draws the t-th token
+    ids_RT: Tensor
+    logp_RT: Tensor
+
+    def plus(self, new: "_Rows") -> "_Rows":
+        return _Rows(self.completions + new.completions, *(torch.cat(both) for both in zip(self.tensors, new.tensors, strict=True)))
+
+    def take(self, order: list[int]) -> "_Rows":
+        return _Rows([self.completions[i] for i in order], *(x[order] for x in self.tensors))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.start_R, self.num_R, self.uniform_RT, self.ids_RT, self.logp_RT]
 
 
 def sampled_log_softmax(logits_RV: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Tensor:
@@ -62,7 +76,8 @@ def draw(logp_RV: Tensor, uniform_R: Tensor) -> Tensor:
     First the block of BLOCK tokens is found, then the token in it: a running sum over a whole vocabulary is slow.
     """
     num_rows, num_blocks = len(logp_RV), math.ceil(logp_RV.shape[-1] / BLOCK)
-    prob_RCV = F.pad(logp_RV.exp(), (0, num_blocks * BLOCK - logp_RV.shape[-1])).view(num_rows, num_blocks, BLOCK)
+    prob_RV, padding = logp_RV.exp(), num_blocks * BLOCK - logp_RV.shape[-1]
+    prob_RCV = (F.pad(prob_RV, (0, padding)) if padding else prob_RV).view(num_rows, num_blocks, BLOCK)
     cdf_RC = prob_RCV.sum(dim=-1).cumsum(dim=-1)
     point_R1 = _below(uniform_R[:, None].to(cdf_RC) * cdf_RC[:, -1:], cdf_RC[:, -1:])
     block_R1 = torch.searchsorted(cdf_RC, point_R1, right=True).clamp(max=num_blocks - 1)  # NaN would be found behind the last
@@ -104,39 +119,51 @@ def sample(
     waiting = deque((p, g) for p in range(len(prompts)) for g in range(num_samples))
     num_rows = min(max_rows, len(waiting))
     stride = STRIDE[device.type]
-    cache = KVCache(model, num_rows, max(map(len, prompts), default=0) + max_new_tokens + stride - 1)
+    num_slots = max(map(len, prompts), default=0)  # on a CPU more as they are needed
+    cache = KVCache(model, num_rows, num_slots + (max_new_tokens + stride - 1 if device.type == "cuda" else 0))
     prefilled: dict[int, tuple[KVCache, int, Tensor]] = {}  # prompt -> its cache, row in it, next-token logits
-    rows: list[_Row] = []
+    rows = _new_rows([], [], [], max_new_tokens + stride - 1, device)
+    stops, stride_S = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device), torch.arange(stride, device=device)
     logits_RV = torch.empty(0, model.config.vocab_size, device=device)
     bar = tqdm(total=len(waiting) * max_new_tokens, desc="sampling", unit="tok", leave=False, delay=5)
-    while rows or waiting:
+    while rows.completions or waiting:
         # a prefill costs a forward pass, so wait until it admits a fair number of rows
-        if waiting and num_rows - len(rows) >= min(len(waiting), max(1, num_rows // 8)):
-            batch = [waiting.popleft() for _ in range(min(len(waiting), num_rows - len(rows)))]
+        free = num_rows - len(rows.completions)
+        if waiting and free >= min(len(waiting), max(1, num_rows // 8)):
+            batch = [waiting.popleft() for _ in range(min(len(waiting), free))]
             _prefill(model, prompts, [p for p in dict.fromkeys(p for p, _ in batch) if p not in prefilled], prefilled)
-            for p, g in batch:
-                uniforms = np.random.default_rng((seed, first_prompt + p, g)).random(max_new_tokens + stride - 1)
-                rows.append(_Row(results[p][g], len(prompts[p]), uniforms))
-            _admit(cache, len(rows) - len(batch), [prefilled[p] for p, _ in batch])
+            _admit(cache, len(rows.completions), [prefilled[p] for p, _ in batch])
             logits_RV = torch.cat([logits_RV, torch.stack([prefilled[p][2] for p, _ in batch])])
+            generators = [np.random.default_rng((seed, first_prompt + p, g)) for p, g in batch]
+            starts = [len(prompts[p]) for p, _ in batch]
+            rows = rows.plus(_new_rows([results[p][g] for p, g in batch], starts, generators, max_new_tokens + stride - 1, device))
             for p in {p for p, _ in batch} - {p for p, _ in waiting}:
                 del prefilled[p]
-        firsts = [len(row.completion.ids) for row in rows]
-        uniform_RS = torch.from_numpy(np.stack([row.uniforms[t : t + stride] for row, t in zip(rows, firsts, strict=True)])).to(device)
-        pos_R, num_slots, drawn = torch.tensor([row.pos for row in rows], device=device), max(row.pos for row in rows), []
+        num_RS = rows.num_R[:, None] + stride_S
+        pos_RS, num_slots, drawn = rows.start_R[:, None] + num_RS, int((rows.start_R + rows.num_R).max()), []
+        uniform_RS = rows.uniform_RT.gather(-1, num_RS)
         for t in range(stride):
             logp_RV = sampled_log_softmax(logits_RV, temperature, top_p, top_k)
             id_R = draw(logp_RV, uniform_RS[:, t])
             drawn.append((id_R, logp_RV.gather(-1, id_R[:, None])[:, 0]))
             if t + 1 < stride:
-                logits_RV = _decode(model, cache, id_R, pos_R + t, num_slots + t + 1)
-        ids_RS, logps_RS = (torch.stack(values, dim=1).tolist() for values in zip(*drawn, strict=True))
-        live = _record(rows, ids_RS, logps_RS, stop_ids, max_new_tokens)
-        bar.total -= sum(max_new_tokens - len(row.completion.ids) for row, alive in zip(rows, live, strict=True) if not alive)
-        bar.update(sum(len(row.completion.ids) - t for row, t in zip(rows, firsts, strict=True)))
-        order = _compact(cache, live)
-        rows = [rows[i] for i in order]
-        logits_RV = _decode(model, cache, id_R[order], pos_R[order] + stride - 1, num_slots + stride) if rows else logits_RV[:0]
+                logits_RV = _decode(model, cache, id_R, pos_RS[:, t], num_slots + t + 1)
+        ids_RS, logp_RS = (torch.stack(values, dim=1) for values in zip(*drawn, strict=True))
+        if not logp_RS.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite while sampling")
+        rows.ids_RT.scatter_(-1, num_RS, ids_RS)
+        rows.logp_RT.scatter_(-1, num_RS, logp_RS)
+        end_RS = torch.isin(ids_RS, stops) | (num_RS == max_new_tokens - 1)
+        live_R = ~end_RS.any(dim=-1)
+        count_R = torch.where(live_R, stride, end_RS.int().argmax(dim=-1) + 1)
+        rows.num_R += count_R
+        bar.update(int(count_R.sum()))
+        pos_R = pos_RS[:, -1]
+        if not all(live := live_R.tolist()):
+            bar.total -= _finish(rows, live, stop_ids, max_new_tokens)
+            order = _compact(cache, live)
+            rows, id_R, pos_R = rows.take(order), id_R[order], pos_R[order]
+        logits_RV = _decode(model, cache, id_R, pos_R, num_slots + stride) if rows.completions else logits_RV[:0]
     bar.close()
     return results
 
@@ -157,6 +184,14 @@ def _check(model, prompts, num_samples, max_new_tokens, temperature, top_p, top_
             raise ValueError(f"sample: prompt {i} is empty; a completion needs at least one token to start from")
         if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise ValueError(f"sample: prompt {i} has ids outside the vocabulary 0..{model.config.vocab_size - 1}")
+
+
+def _new_rows(completions: list[Completion], starts: list[int], generators: list[np.random.Generator], width: int, device) -> _Rows:
+    num = len(completions)
+    uniform_RT = torch.from_numpy(np.stack([g.random(width) for g in generators]) if generators else np.empty((0, width))).to(device)
+    ids_RT, logp_RT = torch.zeros(num, width, dtype=torch.long, device=device), torch.zeros(num, width, device=device)
+    start_R = torch.tensor(starts, dtype=torch.long, device=device)
+    return _Rows(completions, start_R, torch.zeros_like(start_R), uniform_RT, ids_RT, logp_RT)
 
 
 def _prefill(model: Transformer, prompts: list[list[int]], chosen: list[int], prefilled: dict) -> None:
@@ -190,22 +225,15 @@ def _decode(model: Transformer, cache: KVCache, id_R: Tensor, pos_R: Tensor, num
     return model.logits(model.hidden(id_R[:, None], pos_R[:, None], cache.at(pos_R[:, None], num_slots))[:, 0])
 
 
-def _record(rows: list[_Row], ids: list[list[int]], logps: list[list[float]], stop_ids: set[int], max_new_tokens: int) -> list[bool]:
-    """Append the drawn tokens [row][token] to their completions, none behind an end; returns which rows go on."""
-    live = []
-    for row, row_ids, row_logps in zip(rows, ids, logps, strict=True):
-        completion = row.completion
-        row.pos += len(row_ids)
-        for token, logp in zip(row_ids, row_logps, strict=True):
-            if not math.isfinite(logp):
-                raise FloatingPointError("the model's logits are not finite while sampling")
-            completion.ids.append(token)
-            completion.logps.append(logp)
-            completion.finished = token in stop_ids
-            if completion.finished or len(completion.ids) == max_new_tokens:
-                break
-        live.append(not completion.finished and len(completion.ids) < max_new_tokens)
-    return live
+def _finish(rows: _Rows, live: list[bool], stop_ids: set[int], max_new_tokens: int) -> int:
+    """Fill in the completions of the rows that ended; returns how many tokens they were short of the longest."""
+    ended = [i for i, alive in enumerate(live) if not alive]
+    nums = rows.num_R[ended].tolist()
+    for i, num, ids, logps in zip(ended, nums, rows.ids_RT[ended].tolist(), rows.logp_RT[ended].tolist(), strict=True):
+        completion = rows.completions[i]
+        completion.ids, completion.logps = ids[:num], logps[:num]
+        completion.finished = completion.ids[-1] in stop_ids
+    return sum(max_new_tokens - num for num in nums)
 
 
 def _compact(cache: KVCache, live: list[bool]) -> list[int]:

@@ -346,12 +346,14 @@ def test_tied_head_in_the_file_must_be_the_embedding(tiny, tmp_path):
         Transformer.from_pretrained(tmp_path)
 
 
-def test_cached_decode_equals_full_forward(tiny):
-    """Fault: the KV cache, its positions or its mask differ from the causal forward; rows of different lengths see each other's slots."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # K lies differently in memory
+def test_cached_decode_equals_full_forward(tiny, dtype):
+    """Fault: the KV cache, its positions or its mask differ from the causal forward; rows of different lengths see each other's slots;
+    what is stored is lost when the cache grows."""
     generator = torch.Generator().manual_seed(0)
-    lengths, new = [3, 9, 1, 6], 7
+    lengths, new, tiny = [3, 9, 1, 6], 40, tiny.to(dtype)
     ids = torch.randint(0, 61, (4, max(lengths) + new), generator=generator)
-    cache = KVCache(tiny, 4, max(lengths) + new)
+    cache = KVCache(tiny, 4, max(lengths))
     with torch.no_grad():
         full = tiny(ids)
         prefill = tiny.hidden(

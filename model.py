@@ -278,7 +278,7 @@ class Transformer(nn.Module):
         # recomputed, never saved: half-precision weights must not round the angles
         self._rope_freq: Tensor | None = None
         self.source: Path | None = None  # the directory that it came from: save_pretrained copies the tokenizer from there
-        self._compiled = False
+        self.compiled = False
         self._copies: dict[torch.dtype, Transformer] = {}  # no submodules: a copy is not part of the state dict
 
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -320,7 +320,7 @@ class Transformer(nn.Module):
             with torch.device("meta"):
                 copy = Transformer(self.config).to(dtype)
             self._copies[dtype] = copy.to_empty(device=self.head_weight.device).requires_grad_(False)
-            if self._compiled:
+            if self.compiled:
                 copy.compile_blocks()
         copy = self._copies[dtype]
         with torch.no_grad():
@@ -343,7 +343,7 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             block.before = torch.compile(block.before, dynamic=True)
             block.after = torch.compile(block.after, dynamic=True)
-        self._compiled = True
+        self.compiled = True
         return self
 
     def init_weights(self, seed: int) -> None:

@@ -9,7 +9,9 @@ Shapes: R live rows, P prompts being prefilled, T tokens, V vocabulary, S cache 
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -121,6 +123,7 @@ def sample(
     stride = STRIDE[device.type]
     num_slots = max(map(len, prompts), default=0)  # on a CPU more as they are needed
     cache = KVCache(model, num_rows, num_slots + (max_new_tokens + stride - 1 if device.type == "cuda" else 0))
+    decode = _decoder(model, cache)
     prefilled: dict[int, tuple[KVCache, int, Tensor]] = {}  # prompt -> its cache, row in it, next-token logits
     rows = _new_rows([], [], [], max_new_tokens + stride - 1, device)
     stops, stride_S = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device), torch.arange(stride, device=device)
@@ -147,7 +150,7 @@ def sample(
             id_R = draw(logp_RV, uniform_RS[:, t])
             drawn.append((id_R, logp_RV.gather(-1, id_R[:, None])[:, 0]))
             if t + 1 < stride:
-                logits_RV = _decode(model, cache, id_R, pos_RS[:, t], num_slots + t + 1)
+                logits_RV = decode(id_R, pos_RS[:, t], num_slots + t + 1)
         ids_RS, logp_RS = (torch.stack(values, dim=1) for values in zip(*drawn, strict=True))
         if not logp_RS.isfinite().all():
             raise FloatingPointError("the model's logits are not finite while sampling")
@@ -163,7 +166,7 @@ def sample(
             bar.total -= _finish(rows, live, stop_ids, max_new_tokens)
             order = _compact(cache, live)
             rows, id_R, pos_R = rows.take(order), id_R[order], pos_R[order]
-        logits_RV = _decode(model, cache, id_R, pos_R, num_slots + stride) if rows.completions else logits_RV[:0]
+        logits_RV = decode(id_R, pos_R, num_slots + stride) if rows.completions else logits_RV[:0]
     bar.close()
     return results
 
@@ -223,6 +226,49 @@ def _admit(cache: KVCache, first_row: int, sources: list[tuple[KVCache, int, Ten
 def _decode(model: Transformer, cache: KVCache, id_R: Tensor, pos_R: Tensor, num_slots: int) -> Tensor:
     """Next-token logits [R, V] of rows that get one more token each, at positions below num_slots."""
     return model.logits(model.hidden(id_R[:, None], pos_R[:, None], cache.at(pos_R[:, None], num_slots))[:, 0])
+
+
+def _decoder(model: Transformer, cache: KVCache) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """_decode for this model and cache; with compute.compile on a GPU, as CUDA graphs."""
+    return _Graphs(model, cache) if model.compiled and cache.v[0].is_cuda else partial(_decode, model, cache)
+
+
+class _Graphs:
+    """Decoding steps captured as CUDA graphs: a step is one call then, not hundreds. (Never run: this project had no GPU.)
+
+    Rows and slots are rounded up, so that few graphs serve all steps. The rows behind the live ones decode token 0 at position 0: what
+    they write lies in rows that nobody has, and is overwritten when one is admitted. capture = False decodes the same without graphs.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, capture: bool = True, row_bucket: int = 16, slot_bucket: int = 256):
+        self.model, self.cache, self.capture, self.row_bucket, self.slot_bucket = model, cache, capture, row_bucket, slot_bucket
+        self.graphs: dict[tuple[int, int], tuple[Tensor, Callable[[], Tensor]]] = {}  # rows, slots -> ids and positions [2, rows], replay
+        self.pool = torch.cuda.graph_pool_handle() if capture else None
+
+    def __call__(self, id_R: Tensor, pos_R: Tensor, num_slots: int) -> Tensor:
+        most_rows, _, most_slots, _ = self.cache.v[0].shape
+        rows = min(math.ceil(len(id_R) / self.row_bucket) * self.row_bucket, most_rows)
+        slots = min(math.ceil(num_slots / self.slot_bucket) * self.slot_bucket, most_slots)
+        inputs_2R, replay = self.graphs.get((rows, slots), (torch.empty(2, rows, dtype=torch.long, device=id_R.device), None))
+        inputs_2R.zero_()[:, : len(id_R)] = torch.stack([id_R, pos_R])
+        if replay is None:
+            replay = self._capture(inputs_2R, slots)
+            self.graphs[rows, slots] = inputs_2R, replay
+        return replay()[: len(id_R)]
+
+    def _capture(self, inputs_2R: Tensor, slots: int) -> Callable[[], Tensor]:
+        step = partial(_decode, self.model, self.cache, *inputs_2R, slots)
+        if not self.capture:
+            return step
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()  # libraries and compiled blocks set themselves up; a step done twice writes the same keys and values
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits_RV = step()
+        return lambda: (graph.replay(), logits_RV)[1]
 
 
 def _finish(rows: _Rows, live: list[bool], stop_ids: set[int], max_new_tokens: int) -> int:

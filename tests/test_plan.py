@@ -26,7 +26,11 @@ SMALL = {
     "architectures": ["Qwen2ForCausalLM"], "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 5,
     "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
-GROUP = {"prompt": 40, "samples": 8, "response": 128}  # prompt and NEW_TOKENS fit in 48 slots: the cache is whole from the start, as on a GPU
+GROUP = {
+    "prompt": 40,
+    "samples": 8,
+    "response": 128,
+}  # prompt and NEW_TOKENS fit in 48 slots: the cache is whole from the start, as on a GPU
 FEW = {"prompt": 3, "samples": 2, "response": 2}
 ROWS, NEW_TOKENS = 256, 4
 

@@ -441,10 +441,9 @@ def rft(run: RunDir, policy: Transformer, pairs: list[tuple[list[int], list[int]
     steps_per_epoch = math.ceil(len(pairs) / cfg.rft.batch_size)
     num_steps = cfg.rft.epochs * steps_per_epoch
     losses: list[float] = []
+    bar = tqdm(range(now.rft_step, num_steps), initial=now.rft_step, total=num_steps, desc=f"RFT {now.iteration + 1}", leave=False)
     try:
-        for step in tqdm(
-            range(now.rft_step, num_steps), initial=now.rft_step, total=num_steps, desc=f"RFT {now.iteration + 1}", leave=False
-        ):
+        for step in bar:
             parallel.check_stop()
             epoch, position = divmod(step, steps_per_epoch)
             order = np.random.default_rng((cfg.seed, now.iteration, epoch)).permutation(len(pairs))

@@ -25,7 +25,7 @@ def main() -> None:
     vocabulary = ours.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, vocabulary - 1, (args.rows // 8, args.prompt_tokens), generator=generator)
-    stop_ids = frequent_ids(ours, prompts) if args.lengths == "spread" else set()
+    stop_ids = stopping_ids(ours, prompts) if args.lengths == "spread" else set()
     seeds = iter(range(10**6))
 
     def run_ours() -> float:
@@ -63,14 +63,14 @@ def main() -> None:
     )  # fmt: skip
 
 
-def frequent_ids(model: Transformer, prompts: torch.Tensor, stop_probability: float = 1 / 40) -> set[int]:
-    """Ids that together end a response with about this probability a token: the lengths spread geometrically."""
+def stopping_ids(model: Transformer, prompts: torch.Tensor, spacing: int = 40) -> set[int]:
+    """Every 40th id by frequency, so that about one token in 40 ends a response, whatever it is about: lengths spread geometrically."""
     groups = sample(model, prompts.tolist(), num_samples=8, max_new_tokens=64, stop_ids=set(), seed=1, max_rows=64)
     ids = torch.tensor([token for group in groups for c in group for token in c.ids])
     counts = torch.bincount(ids, minlength=model.config.vocab_size)
-    order = counts.argsort(descending=True)
-    fitting = order[(counts[order] / len(ids)).cumsum(0) <= stop_probability]
-    return set((fitting if len(fitting) else order[-1:]).tolist())
+    order = counts.argsort(descending=True, stable=True)
+    first = min(range(spacing), key=lambda start: abs(int(counts[order[start::spacing]].sum()) * spacing - len(ids)))
+    return set(order[first::spacing].tolist())
 
 
 if __name__ == "__main__":

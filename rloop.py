@@ -389,8 +389,10 @@ def explore(
         reference = load_policy(cfg)
         reference.load_state_dict(theta_i)
     bar = tqdm(range(now.step + 1, num_steps + 1), initial=now.step, total=num_steps, desc=f"RL {now.iteration + 1}", leave=False)
-    drawn, evaluation_owed = now.problems_drawn, False
+    drawn = now.problems_drawn
     try:
+        if now.evaluation_owed:
+            evaluate(run, policy, tokenizer, heldout, "rl")
         for step in bar:
             start = time.perf_counter()
             usable, sampled, seconds = sample_groups(policy, tokenizer, problems, run, step)
@@ -412,14 +414,13 @@ def explore(
                     "rl/num_trajectories": now.num_trajectories, "rl/lr": lr,
                 } | metrics | seconds | {"time/update_s": done - updating, "time/step_s": done - start}  # fmt: skip
                 run.log(record, describe_step(record, num_steps))
-                drawn, evaluation_owed = now.problems_drawn, step % cfg.eval.every == 0 or step == num_steps
-            if evaluation_owed:
+                drawn, now.evaluation_owed = now.problems_drawn, step % cfg.eval.every == 0 or step == num_steps
+            if now.evaluation_owed:
                 evaluate(run, policy, tokenizer, heldout, "rl")
-                evaluation_owed = False
             if step % cfg.save_every == 0 or step == num_steps:
                 run.save(policy, optimizer, theta_i)
     except KeyboardInterrupt:
-        if now.step > 0 and not evaluation_owed:  # the weights are those of the last finished step
+        if now.step > 0:  # the weights are those of the last finished step
             now.problems_drawn = drawn
             run.save(policy, optimizer, theta_i)
         raise
@@ -518,8 +519,10 @@ def evaluate(run: RunDir, policy: Transformer, tokenizer: Tokenizer, heldout: li
         "eval/num_problems": len(heldout), "eval/num_samples": K, "num_trajectories": now.num_trajectories,
     }  # fmt: skip
     line = f"eval {name:<4} after {now.rl_steps} RL steps:  avg@{K} {record[f'eval/avg@{K}']:.4f}  pass@{K} {record[f'eval/pass@{K}']:.4f}"
-    run.log(record, line + truncation_warning(record["eval/truncated_share"]))
-    run.append("evaluations.jsonl", [{"policy": name, "rl_steps": now.rl_steps, "num_correct": counts}])
+    with uninterrupted():
+        run.log(record, line + truncation_warning(record["eval/truncated_share"]))
+        run.append("evaluations.jsonl", [{"policy": name, "rl_steps": now.rl_steps, "num_correct": counts}])
+        now.evaluation_owed = False
     return record
 
 

@@ -45,6 +45,7 @@ class Progress:
     step: int = 0  # finished RL steps of the current iteration
     rft_step: int = 0  # finished RFT steps of the current iteration; above 0, exploring and filtering are done
     rl_steps: int = 0  # finished RL steps of the whole run
+    evaluation_owed: bool = False  # the last RL step is followed by an evaluation, which is not finished
     problems_drawn: int = 0  # position in the endless, seeded stream of problems
     num_trajectories: int = 0  # sampled in training so far
     seconds: float = 0.0  # wall time so far, over all sittings

@@ -196,3 +196,23 @@ def test_run_directory_that_cannot_be_made(tmp_path, capsys, parent):
     target = str(tmp_path / parent / "run")
     assert rloop.main(["--config", str(ROOT / "configs/countdown.toml"), *SMALL_RUN, "--run_dir", target]) == 1
     assert parent in capsys.readouterr().err
+
+
+def test_stop_inside_an_evaluation_keeps_the_steps_before_it(config, monkeypatch):
+    """Fault: a run stopped while it evaluates does the RL steps since its last checkpoint again (hours, with a large model)."""
+    options = ("--save_every", "100", "--eval.every", "2")
+    rloop.run_method(config("whole", *options))
+    cfg, real = config("stopped", *options), rloop.evaluate
+
+    def stopped_in_step_2(run, *rest):
+        if run.progress.rl_steps == 2:
+            raise KeyboardInterrupt
+        return real(run, *rest)
+
+    monkeypatch.setattr(rloop, "evaluate", stopped_in_step_2)
+    with pytest.raises(KeyboardInterrupt):
+        rloop.run_method(cfg)
+    monkeypatch.setattr(rloop, "evaluate", real)
+    assert RunDir(cfg).progress.rl_steps == 2
+    rloop.run_method(cfg)
+    assert outcome(cfg) == outcome(config("whole", *options))

@@ -213,7 +213,7 @@ class Attention(nn.Module):
     def forward(self, x_D: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [..., H, E] and k [..., K, E], and v [..., K, E]."""
         q_HE, k_KE, v_KE = (proj(x_D).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(self.q_norm(q_HE), *rope), rotate(self.k_norm(k_KE), *rope), v_KE
+        return rotate(self.q_norm(q_HE), *rope).to(v_KE.dtype), rotate(self.k_norm(k_KE), *rope).to(v_KE.dtype), v_KE
 
 
 class MLP(nn.Module):

@@ -8,6 +8,7 @@ the batch, H query heads, K kv heads, E head width.
 """
 
 import heapq
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 
 Group = tuple[list[int], list[list[int]]]  # ids of a prompt and of the responses to it
 LONG = 1024  # response tokens from which on the weights of the attention, [H, G, R, P + R], would fill the memory
+LOGITS_AT_ONCE, LOGITS_KEPT = 2**24, 2**26  # whatever the number of tokens
 
 
 class _Regroup(torch.autograd.Function):
@@ -118,7 +120,7 @@ class Packed:
         )
         k, v = (torch.cat([x[:, :, None].expand(N, K, G, P, E), own], dim=3) for x, own in ((k, own_k), (v, own_v)))
         score = (q @ k.transpose(-1, -2)).unflatten(-2, (-1, R)).add_(self.bias.to(q))
-        y = score.softmax(dim=-1, dtype=torch.float32).to(v.dtype).flatten(3, 4) @ v
+        y = score.softmax(dim=-1).flatten(3, 4) @ v
         y_NGRHE = y.view(N, K, G, H // K, R, E).permute(0, 2, 4, 1, 3, 5).reshape(N, G, R, H, E)
         return torch.cat([self.prompts.unpad(y_NHPE.transpose(1, 2)[:, None]), self.responses.unpad(y_NGRHE)])
 
@@ -219,40 +221,49 @@ def _fill(pieces: list[_Piece], max_tokens: int) -> list[list[_Piece]]:
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """log softmax(x head^T)[target] and its entropy, in parts of CHUNK logits: nothing of size [tokens, vocabulary] is ever held, at the
-    price of computing the logits a second time for the gradient."""
-
-    CHUNK = 2**23
+    """log softmax(x head^T)[target] and its entropy, in parts of at most LOGITS_AT_ONCE. For the gradient something of the size of the
+    logits is kept for the first parts, LOGITS_KEPT numbers at most; the logits of the others are computed a second time."""
 
     @staticmethod
     def forward(ctx, x_QD: Tensor, head_VD: Tensor, targets_Q: Tensor) -> tuple[Tensor, Tensor]:
-        head = head_VD.to(x_QD.dtype)
+        head, kept = head_VD.to(x_QD.dtype), []
         logp_Q, entropy_Q = torch.empty(2, len(x_QD), device=x_QD.device)
         for part in _HeadLogprobs.parts(x_QD, head):
-            logp_PV = (x_QD[part] @ head.T).log_softmax(dim=-1, dtype=torch.float32)
+            logits_PV = x_QD[part] @ head.T
+            logp_PV = logits_PV.log_softmax(dim=-1, dtype=torch.float32)
             logp_Q[part] = logp_PV.gather(-1, targets_Q[part, None])[:, 0]
             entropy_Q[part] = -torch.linalg.vecdot(logp_PV.exp(), logp_PV)
-        ctx.save_for_backward(x_QD, head_VD, targets_Q)
+            if ctx.needs_input_grad[0] and part.stop * len(head) <= LOGITS_KEPT:
+                kept.append(_HeadLogprobs.slope(logits_PV, targets_Q[part]))
+        ctx.save_for_backward(x_QD, head_VD, targets_Q, *kept)
         ctx.mark_non_differentiable(entropy_Q)
         return logp_Q, entropy_Q
 
     @staticmethod
     def backward(ctx, grad_Q: Tensor, _) -> tuple[Tensor, Tensor, None]:
-        x_QD, head_VD, targets_Q = ctx.saved_tensors
+        x_QD, head_VD, targets_Q, *kept = ctx.saved_tensors
         head, grad_x = head_VD.to(x_QD.dtype), torch.empty_like(x_QD)
         grad_head = torch.zeros(head.shape, device=head.device)  # float32, also of a bfloat16 head: it is a sum over many parts
-        for part in _HeadLogprobs.parts(x_QD, head):
-            grad_PV = (x_QD[part] @ head.T).softmax(dim=-1, dtype=torch.float32)
-            grad_PV[torch.arange(len(grad_PV)), targets_Q[part]] -= 1
-            grad_PV = grad_PV.mul_(-grad_Q[part, None]).to(head.dtype)
+        for i, part in enumerate(_HeadLogprobs.parts(x_QD, head)):
+            slope_PV = kept[i] if i < len(kept) else _HeadLogprobs.slope(x_QD[part] @ head.T, targets_Q[part])
+            grad_PV = slope_PV * -grad_Q[part, None].to(head.dtype)
             grad_x[part] = grad_PV @ head
             grad_head += grad_PV.T @ x_QD[part]
         return grad_x, grad_head.to(head_VD.dtype), None
 
     @staticmethod
+    def slope(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
+        """The gradient of -logp by the logits."""
+        prob_PV = logits_PV.softmax(dim=-1, dtype=torch.float32)
+        prob_PV[torch.arange(len(prob_PV)), targets_P] -= 1
+        return prob_PV.to(logits_PV.dtype)
+
+    @staticmethod
     def parts(x_QD: Tensor, head_VD: Tensor) -> list[slice]:
-        rows = max(1, _HeadLogprobs.CHUNK // len(head_VD))
-        return [slice(start, start + rows) for start in range(0, len(x_QD), rows)]
+        """Of equal sizes: a product with a few rows left over would be a slow one."""
+        num_parts = min(len(x_QD), math.ceil(len(x_QD) * len(head_VD) / LOGITS_AT_ONCE))
+        bounds = [len(x_QD) * i // num_parts for i in range(num_parts + 1)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def token_logprobs(model, batch: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from config import Config
 from model import TransformerConfig
+from packing import LOGITS_AT_ONCE, LOGITS_KEPT
 
 GIB = 2**30  # the GB of a GPU: an "80 GB" one has about 80 of these
 NUM_BYTES = {"float32": 4, "bfloat16": 2}
-LOGITS_CHUNK = 2**23  # packing._HeadLogprobs.CHUNK
 STRIDE = 8  # sampler.STRIDE on a GPU
 
 RESERVE = 2 * GIB  # CUDA context, NCCL's buffers, cuBLAS's workspace
@@ -123,11 +123,11 @@ def block_activations(c: TransformerConfig, batch: Batch, b: int) -> tuple[float
     slots = batch.rows * batch.longest
     if batch.by_rows:
         attention = slots * ((2 * HE + 2 * KE) * b + 4 * H)  # q, k, v, the result and log-sum-exp of the kernel
-        on_top = slots * (HE + 2 * KE) * (b + 4)  # gradients of q, k, v in both precisions
+        on_top = slots * (HE + 2 * KE) * 2 * b  # gradients of q, k, v for rows and for tokens
     else:
-        scores, half = H * Q * batch.longest, b if b < 4 else 0
-        attention = scores * (4 + half) + Q * HE * b + slots * 2 * KE * b + (M - Q) * (2 * HE + 2 * KE) * b
-        on_top = scores * (8 - half)
+        scores = H * Q * batch.longest * b
+        attention = scores + Q * HE * b + slots * 2 * KE * b + (M - Q) * (2 * HE + 2 * KE) * b
+        on_top = 2 * scores
     on_top = max(2 * M * F * b, on_top - norm - mlp)  # at the MLP; or at the attention, when the MLP's share is gone
     return 2 * norm + mlp + attention + M * HE * b, on_top
 
@@ -138,7 +138,8 @@ def training(c: TransformerConfig, cfg: Config, gpus: int, batch: Batch, *, chec
     head = c.vocab_size * c.hidden_size
     kept, on_top = block_activations(c, batch, b)
     inputs = batch.tokens * c.hidden_size * (4 if gpus == 1 else b)  # one process keeps them in float32
-    at_logits = (12 if b == 4 else 14) * min(LOGITS_CHUNK, batch.response_tokens * c.vocab_size)
+    num_logits = batch.response_tokens * c.vocab_size
+    at_logits = (12 if b == 4 else 14) * min(LOGITS_AT_ONCE, num_logits) + b * min(LOGITS_KEPT, num_logits)
     at_block = on_top + (kept - inputs if checkpoint else 0)
     if gpus == 1:
         gathered = {"bfloat16 weights": float(c.num_layers * block * b) if b < 4 else 0.0}

@@ -8,7 +8,7 @@ from conftest import TINY
 
 import packing
 from model import Transformer, TransformerConfig
-from packing import _HeadLogprobs, micro_batches, pack, token_logprobs
+from packing import micro_batches, pack, token_logprobs
 
 GROUPS = [
     ([3, 4, 5, 6, 7], [[6, 7, 0], [8], [1, 2, 3, 4, 5, 0]]),
@@ -29,12 +29,13 @@ def one_by_one(model, groups, temperature):
 
 
 @pytest.mark.parametrize("long", [0, 1024])
-@pytest.mark.parametrize("chunk", [61, 400, 2**24])
+@pytest.mark.parametrize("at_once, kept", [(61, 0), (400, 0), (61, 300), (2**24, 2**26)])
 @pytest.mark.parametrize("config", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "tie_word_embeddings": False}])
-def test_logprobs_entropies_and_gradients_equal_single_rows(config, chunk, long, monkeypatch):
+def test_logprobs_entropies_and_gradients_equal_single_rows(config, at_once, kept, long, monkeypatch):
     """Fault: a response sees another response, padding or the future; positions do not restart; the shift by one token; the temperature;
-    a part of the head's gradient is lost between chunks."""
-    monkeypatch.setattr(_HeadLogprobs, "CHUNK", chunk)
+    a part of the head's gradient is lost between parts, or comes from another part's logits."""
+    monkeypatch.setattr(packing, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(packing, "LOGITS_KEPT", kept)
     monkeypatch.setattr(packing, "LONG", long)
     model = Transformer(TransformerConfig.from_hf(TINY | config, "tests"))
     model.init_weights(seed=1)
@@ -50,12 +51,16 @@ def test_logprobs_entropies_and_gradients_equal_single_rows(config, chunk, long,
         assert (a - b).norm() < 1e-5 * b.norm(), name
 
 
-def test_nothing_of_tokens_times_vocabulary_is_held(tiny):
-    """Fault: vocabulary-sized logits of a whole batch are kept for the gradient, which is what runs out of memory first."""
+@pytest.mark.parametrize("kept", [0, 61 * 1500])
+def test_no_more_logits_are_held_than_may_be(tiny, kept, monkeypatch):
+    """Fault: vocabulary-sized logits of a whole batch are kept for the gradient, which is what runs out of memory first; or the bound is
+    one on a part, not on their sum."""
+    monkeypatch.setattr(packing, "LOGITS_AT_ONCE", 61 * 100)
+    monkeypatch.setattr(packing, "LOGITS_KEPT", kept)
     shapes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape) or x, lambda x: x):
         token_logprobs(tiny, pack([([1] * 3, [[2] * 40] * 50)]))
-    assert not [shape for shape in shapes if shape[-1:] == (61,) and shape.numel() >= 2000 * 61] and (2000, 32) in shapes
+    assert [shape for shape in shapes if shape[-1:] == (61,)] == [(100, 61)] * (kept // 6100) and (2000, 32) in shapes
 
 
 def test_packed_tokens_hold_the_prompt_once():

@@ -211,7 +211,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x_D: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q [..., H, E] and k [..., K, E], and v [..., K, E]."""
+        """Rotated q [..., H, E] and k [..., K, E], and v [..., K, E], in the dtype of the products (the rotation may be in float32)."""
         q_HE, k_KE, v_KE = (proj(x_D).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(self.q_norm(q_HE), *rope).to(v_KE.dtype), rotate(self.k_norm(k_KE), *rope).to(v_KE.dtype), v_KE
 

@@ -199,14 +199,46 @@ class KVCache:
             self.v[layer][target, :, :num_slots] = source.v[layer][source_rows]
 
 
+def prepack(weight: Tensor) -> Tensor | None:
+    """A bfloat16 weight on a CPU in the order that oneDNN's products need; None where oneDNN cannot. It would bring it into that order at
+    every product, which takes longer than the product itself when the rows are few."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 64) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+# an operator of ours, as compiled blocks take oneDNN's with constants only (and defined once, whatever imports this file a second time)
+if not hasattr(torch.ops.rloop, "packed_linear"):
+    torch.library.define("rloop::packed_linear", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
+    torch.library.impl("rloop::packed_linear", "CompositeExplicitAutograd", packed_linear)
+    torch.library.register_fake("rloop::packed_linear", lambda x, packed, bias: x.new_empty(*x.shape[:-1], len(packed)))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias) if packed is None else torch.ops.rloop.packed_linear(x, packed, bias)
+
+
+class Linear(nn.Linear):
+    """A linear layer; in a copy for sampling it may have its weight packed."""
+
+    packed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.packed)
+
+
 class Attention(nn.Module):
     def __init__(self, c: TransformerConfig):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_proj = Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
@@ -219,9 +251,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: TransformerConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x_D: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_D)) * self.up_proj(x_D))
@@ -279,6 +311,7 @@ class Transformer(nn.Module):
         self._rope_freq: Tensor | None = None
         self.source: Path | None = None  # the directory that it came from: save_pretrained copies the tokenizer from there
         self.compiled = False
+        self.packed_head: Tensor | None = None
         self._copies: dict[torch.dtype, Transformer] = {}  # no submodules: a copy is not part of the state dict
 
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -302,7 +335,7 @@ class Transformer(nn.Module):
 
     def logits(self, x_D: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D], in float32."""
-        return F.linear(x_D, self.head_weight).float()
+        return linear(x_D, self.head_weight, None, self.packed_head).float()
 
     @property
     def head_weight(self) -> Tensor:
@@ -312,29 +345,36 @@ class Transformer(nn.Module):
     def copy_as(self, dtype: torch.dtype) -> "Transformer":
         """The model with its weights of now, whole and in a dtype, for sampling; itself when it is like that. The copy is filled anew by
         the next call, and free_copies gives its memory back meanwhile. (Of sharded weights every process gets a copy, one tensor after
-        the other.)"""
+        the other.) Where prepack can, the blocks' products have packed weights only, the head both."""
         state = self.state_dict()  # FSDP puts its shards in place for this
         if self.head_weight.dtype == dtype and not isinstance(self.head_weight, DTensor):
             return self
         if dtype not in self._copies:
             with torch.device("meta"):
-                copy = Transformer(self.config).to(dtype)
-            self._copies[dtype] = copy.to_empty(device=self.head_weight.device).requires_grad_(False)
+                self._copies[dtype] = Transformer(self.config).to(dtype).requires_grad_(False)
             if self.compiled:
-                copy.compile_blocks()
+                self._copies[dtype].compile_blocks()
         copy = self._copies[dtype]
-        with torch.no_grad():
-            for name, theirs in copy.state_dict().items():
-                if not theirs.untyped_storage().nbytes():
-                    theirs.untyped_storage().resize_(theirs.nbytes)
-                theirs.copy_(whole_tensor(state[name]))
+        for prefix, module in copy.named_modules():
+            for name, mine in module.named_parameters(recurse=False):
+                weight = whole_tensor(state[f"{prefix}.{name}"]).detach()
+                if isinstance(module, Linear) and name == "weight" and (packed := prepack(weight.to(dtype))) is not None:
+                    module.packed = packed
+                    continue
+                if mine.is_meta:
+                    mine = nn.Parameter(torch.empty_like(mine, device=weight.device), requires_grad=False)
+                    setattr(module, name, mine)
+                mine.copy_(weight)
+        copy.packed_head = prepack(copy.head_weight)
         return copy
 
     def free_copies(self) -> None:
         """Give the memory of a sharded model's copies back until the next copy_as: training needs it. (A whole model's stay.)"""
-        for copy in self._copies.values():
-            for weight in copy.parameters() if isinstance(self.head_weight, DTensor) else ():
-                weight.untyped_storage().resize_(0)
+        for copy in self._copies.values() if isinstance(self.head_weight, DTensor) else ():
+            copy.to("meta").packed_head = None
+            for module in copy.modules():
+                if isinstance(module, Linear):
+                    module.packed = None
 
     def compile_blocks(self) -> "Transformer":
         """Compile what a block does before and after attention (torch.compile; on a CPU it needs a C++ compiler). One compilation serves

@@ -18,9 +18,8 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     dtype = DTYPES[args.dtype]
-    ours = Transformer.from_pretrained(args.model, dtype=dtype).requires_grad_(False)
-    if args.compile:
-        ours.compile_blocks()
+    policy = Transformer.from_pretrained(args.model).requires_grad_(False)
+    ours = (policy.compile_blocks() if args.compile else policy).copy_as(dtype)  # as rloop.py samples
     theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa").eval()
     vocabulary = ours.config.vocab_size
     generator = torch.Generator().manual_seed(0)

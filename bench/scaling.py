@@ -19,9 +19,8 @@ LENGTHS = [(32, length) for length in (64, 128, 256, 512, 1024)]
 
 
 def measure(args) -> dict[str, float]:
-    model = Transformer.from_pretrained(args.model, dtype=DTYPES[args.dtype]).requires_grad_(False)
-    if args.compile:
-        model.compile_blocks()
+    policy = Transformer.from_pretrained(args.model).requires_grad_(False)
+    model = (policy.compile_blocks() if args.compile else policy).copy_as(DTYPES[args.dtype])
     prompts = torch.randint(
         3, model.config.vocab_size - 1, (args.rows // 8, args.prompt_tokens), generator=torch.Generator().manual_seed(0)
     )

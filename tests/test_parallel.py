@@ -20,7 +20,7 @@ from tqdm import tqdm
 import parallel
 import rloop
 from config import load_config
-from model import Transformer, whole_tensor
+from model import Linear, Transformer, whole_tensor
 from packing import micro_batches, token_logprobs
 
 OPTIONS = [
@@ -168,12 +168,14 @@ def test_copy_of_shards_gives_its_memory_back_and_comes_again(tiny):
 
     def sharded() -> int:
         with parallel.processes():
-            expected = copy.deepcopy(tiny).to(torch.bfloat16)(ids)
+            expected = copy.deepcopy(tiny).copy_as(torch.bfloat16)(ids)
             model = parallel.shard(tiny, dtype=torch.bfloat16, replicas=1)
             first = model.copy_as(torch.bfloat16)(ids)
             model.free_copies()
-            left = sum(w.untyped_storage().nbytes() for each in model._copies.values() for w in each.parameters())
-            return int(left > 0 or not torch.equal(first, expected) or not torch.equal(model.copy_as(torch.bfloat16)(ids), expected))
+            (freed,) = model._copies.values()
+            packed = [freed.packed_head, *(m.packed for m in freed.modules() if isinstance(m, Linear))]
+            left = not all(w.is_meta for w in freed.parameters()) or packed != [None] * len(packed)
+            return int(left or not torch.equal(first, expected) or not torch.equal(model.copy_as(torch.bfloat16)(ids), expected))
 
     assert exit_codes(start(2, sharded)) == [0, 0]
 

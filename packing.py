@@ -230,11 +230,11 @@ class _HeadLogprobs(torch.autograd.Function):
         logp_Q, entropy_Q = torch.empty(2, len(x_QD), device=x_QD.device)
         for part in _HeadLogprobs.parts(x_QD, head):
             logits_PV = x_QD[part] @ head.T
-            logp_PV = logits_PV.log_softmax(dim=-1, dtype=torch.float32)
+            logp_PV, prob_PV = logits_PV.log_softmax(dim=-1, dtype=torch.float32), _softmax(logits_PV)
             logp_Q[part] = logp_PV.gather(-1, targets_Q[part, None])[:, 0]
-            entropy_Q[part] = -torch.linalg.vecdot(logp_PV.exp(), logp_PV)
+            entropy_Q[part] = -torch.linalg.vecdot(prob_PV, logp_PV)
             if ctx.needs_input_grad[0] and part.stop * len(head) <= LOGITS_KEPT:
-                kept.append(_HeadLogprobs.slope(logits_PV, targets_Q[part]))
+                kept.append(_HeadLogprobs.slope(prob_PV, targets_Q[part], head.dtype))
         ctx.save_for_backward(x_QD, head_VD, targets_Q, *kept)
         ctx.mark_non_differentiable(entropy_Q)
         return logp_Q, entropy_Q
@@ -245,18 +245,18 @@ class _HeadLogprobs(torch.autograd.Function):
         head, grad_x = head_VD.to(x_QD.dtype), torch.empty_like(x_QD)
         grad_head = torch.zeros(head.shape, device=head.device)  # float32, also of a bfloat16 head: it is a sum over many parts
         for i, part in enumerate(_HeadLogprobs.parts(x_QD, head)):
-            slope_PV = kept[i] if i < len(kept) else _HeadLogprobs.slope(x_QD[part] @ head.T, targets_Q[part])
+            slope_PV = kept[i] if i < len(kept) else _HeadLogprobs.slope(_softmax(x_QD[part] @ head.T), targets_Q[part], head.dtype)
             grad_PV = slope_PV * -grad_Q[part, None].to(head.dtype)
             grad_x[part] = grad_PV @ head
-            grad_head += grad_PV.T @ x_QD[part]
+            for total, term in zip(grad_head.split(1024), (grad_PV.T @ x_QD[part]).split(1024), strict=True):
+                total += term  # 1024 words at once: what is added to float32 becomes float32 first
         return grad_x, grad_head.to(head_VD.dtype), None
 
     @staticmethod
-    def slope(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
-        """The gradient of -logp by the logits."""
-        prob_PV = logits_PV.softmax(dim=-1, dtype=torch.float32)
+    def slope(prob_PV: Tensor, targets_P: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient of -logp by the logits. (The probabilities are lost.)"""
         prob_PV[torch.arange(len(prob_PV)), targets_P] -= 1
-        return prob_PV.to(logits_PV.dtype)
+        return prob_PV.to(dtype)
 
     @staticmethod
     def parts(x_QD: Tensor, head_VD: Tensor) -> list[slice]:
@@ -264,6 +264,10 @@ class _HeadLogprobs(torch.autograd.Function):
         num_parts = min(len(x_QD), math.ceil(len(x_QD) * len(head_VD) / LOGITS_AT_ONCE))
         bounds = [len(x_QD) * i // num_parts for i in range(num_parts + 1)]
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def _softmax(logits_PV: Tensor) -> Tensor:
+    return logits_PV.softmax(dim=-1, dtype=torch.float32)
 
 
 def token_logprobs(model, batch: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

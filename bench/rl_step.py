@@ -3,8 +3,9 @@
     pip install transformers==5.23.0 trl==1.16.0
     python -m bench.rl_step --model models/SmolLM2-135M-Instruct --new-tokens 64
 
-Both sample exactly --new-tokens tokens from 8 prompts x 8, with float32 master weights and AdamW, 8 rows a micro-batch. Rewards are the
-parity of a response's length in characters, so that no group is flat. TRL's trainer drives: after each of its steps comes one of ours.
+Both sample exactly --new-tokens tokens from 8 prompts x 8, with float32 master weights and AdamW, --groups groups in a micro-batch. Rewards
+are the parity of a response's length in characters, so that no group is flat. TRL's trainer drives: after each of its steps comes one of
+ours.
 """
 
 import statistics
@@ -33,7 +34,7 @@ def build_ours(args, scratch: str):
         *("--run_dir", scratch, "--model.path", args.model, "--data.prompt", "{problem}", "--rl.minibatches", "1"),
         *("--compute.dtype", {"bf16": "bfloat16", "fp32": "float32"}[args.dtype], "--compute.threads", str(args.threads)),
         *("--sampling.max_new_tokens", str(args.new_tokens), "--compute.max_rows", str(8 * PROMPTS)),
-        *("--compute.compile", str(args.compile).lower(), "--compute.micro_batch_tokens", str(64 + 8 * args.new_tokens)),
+        *("--compute.compile", str(args.compile).lower(), "--compute.micro_batch_tokens", str(args.groups * (64 + 8 * args.new_tokens))),
     ])  # fmt: skip
     run, tokenizer, policy = RunDir(cfg), Tokenizer(cfg.model.path, chat=True), rloop.load_policy(cfg)
     tokenizer.stop_ids = set()
@@ -52,7 +53,9 @@ def build_ours(args, scratch: str):
 
 
 def main() -> None:
-    args = options(__doc__).parse_args()
+    parser = options(__doc__)
+    parser.add_argument("--groups", type=int, default=2, help="groups of 8 in a micro-batch, ours and TRL's")
+    args = parser.parse_args()
     set_up(args)
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -74,8 +77,8 @@ def main() -> None:
 
         settings = GRPOConfig(
             output_dir=f"{scratch}/trl", use_cpu=True, bf16=args.dtype == "bf16", max_steps=args.rounds + 1, disable_tqdm=True,
-            per_device_train_batch_size=8, gradient_accumulation_steps=PROMPTS, num_generations=8, temperature=1.0,
-            max_completion_length=args.new_tokens, generation_kwargs={"min_new_tokens": args.new_tokens},
+            per_device_train_batch_size=8 * args.groups, gradient_accumulation_steps=PROMPTS // args.groups, num_generations=8,
+            temperature=1.0, max_completion_length=args.new_tokens, generation_kwargs={"min_new_tokens": args.new_tokens},
             beta=0.0, epsilon=0.2, epsilon_high=0.28, loss_type="dapo", learning_rate=1e-6, lr_scheduler_type="constant",
             report_to="none", save_strategy="no", gradient_checkpointing=False,
         )  # fmt: skip
@@ -89,7 +92,7 @@ def main() -> None:
         )
         trainer.train()
     rates = {name: 3600 / statistics.median(values[1:]) for name, values in seconds.items()}
-    work = f"{PROMPTS} x 8 x {args.new_tokens} tokens, {setting(args)}"
+    work = f"{PROMPTS} x 8 x {args.new_tokens} tokens, {args.groups} groups a micro-batch, {setting(args)}"
     report(f"RL step {args.model}, {work}", rates, "steps/h", median_s={n: round(3600 / r, 2) for n, r in rates.items()})
 
 

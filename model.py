@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+PACKED_FROM = 2**16  # numbers of a weight; with fewer the call costs more than the order of the weight
 COPIED_FILES = (  # besides weights and config, what transformers and vLLM want in a directory
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model"),
@@ -200,11 +201,12 @@ class KVCache:
 
 
 def prepack(weight: Tensor) -> Tensor | None:
-    """A bfloat16 weight on a CPU in the order that oneDNN's products need; None where oneDNN cannot. It would bring it into that order at
-    every product, which takes longer than the product itself when the rows are few."""
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    """A bfloat16 weight on a CPU in the order that oneDNN's products need; None where oneDNN cannot, or it would not pay. Without, oneDNN
+    brings it into that order at every product, which takes longer than the product itself when the rows are few."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.numel() < PACKED_FROM:
         return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight, 64) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    can = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 64) if can else None
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -223,7 +225,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None
 
 
 class Linear(nn.Linear):
-    """A linear layer; in a copy for sampling it may have its weight packed."""
+    """A linear layer. In a copy for sampling it may have its weight packed, and nowhere else."""
 
     packed: Tensor | None = None
 
@@ -357,8 +359,8 @@ class Transformer(nn.Module):
         copy = self._copies[dtype]
         for prefix, module in copy.named_modules():
             for name, mine in module.named_parameters(recurse=False):
-                weight = whole_tensor(state[f"{prefix}.{name}"]).detach()
-                if isinstance(module, Linear) and name == "weight" and (packed := prepack(weight.to(dtype))) is not None:
+                weight = whole_tensor(state[f"{prefix}.{name}"]).detach().to(dtype)
+                if isinstance(module, Linear) and name == "weight" and (packed := prepack(weight)) is not None:
                     module.packed = packed
                     continue
                 if mine.is_meta:

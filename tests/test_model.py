@@ -411,6 +411,7 @@ def test_sampling_copy_follows_the_weights_in_the_same_memory(tiny, onednn, monk
     """Fault: sampling goes on with the weights of an earlier step, or every step allocates a model; or weights that cannot be packed, as on
     a GPU, are not copied."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    monkeypatch.setattr("model.PACKED_FROM", 0)
     copy = tiny.copy_as(torch.bfloat16)
     places = [weight.data_ptr() for weight in copy.parameters() if not weight.is_meta]
     with torch.no_grad():
@@ -427,9 +428,10 @@ def test_sampling_copy_follows_the_weights_in_the_same_memory(tiny, onednn, monk
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_packed_weights_give_the_same_logits(case, tmp_path):
+def test_packed_weights_give_the_same_logits(case, tmp_path, monkeypatch):
     """Fault: the sampling copy's products leave out a bias, or a width or a number of rows that is no multiple of oneDNN's blocks; or the
     copy rounds more than bfloat16 does. (The rows of a block's product: 15, and one at a time.)"""
+    monkeypatch.setattr("model.PACKED_FROM", 0)
     hf_model(case).save_pretrained(tmp_path)
     exact, half = Transformer.from_pretrained(tmp_path), Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
     copy, ids = exact.copy_as(torch.bfloat16), torch.randint(0, 97, (3, 5), generator=torch.Generator().manual_seed(0))
@@ -452,8 +454,9 @@ def test_second_import_under_another_name():
     assert again.Transformer is not Transformer
 
 
-def test_compiled_blocks_give_the_same_logprobs_gradients_and_samples(tiny):
+def test_compiled_blocks_give_the_same_logprobs_gradients_and_samples(tiny, monkeypatch):
     """Fault: torch.compile changes what is computed, or compiles every block or every number of tokens anew."""
+    monkeypatch.setattr("model.PACKED_FROM", 0)
     groups = [([3, 4, 5], [[6, 7, 8, 9], [10, 11]]), ([12], [[13, 14, 15], [16]])]
     sampling = {"num_samples": 3, "max_new_tokens": 6, "stop_ids": set(), "seed": 1, "max_rows": 4}
     ids_BT = torch.arange(60).view(3, 20)

@@ -235,6 +235,7 @@ class _HeadLogprobs(torch.autograd.Function):
             entropy_Q[part] = -torch.linalg.vecdot(prob_PV, logp_PV)
             if ctx.needs_input_grad[0] and part.stop * len(head) <= LOGITS_KEPT:
                 kept.append(_HeadLogprobs.slope(prob_PV, targets_Q[part], head.dtype))
+            del logits_PV, logp_PV, prob_PV  # before the next part's are there
         ctx.save_for_backward(x_QD, head_VD, targets_Q, *kept)
         ctx.mark_non_differentiable(entropy_Q)
         return logp_Q, entropy_Q

@@ -430,7 +430,7 @@ def test_sampling_copy_follows_the_weights_in_the_same_memory(tiny, onednn, monk
 @pytest.mark.parametrize("case", CASES)
 def test_packed_weights_give_the_same_logits(case, tmp_path, monkeypatch):
     """Fault: the sampling copy's products leave out a bias, or a width or a number of rows that is no multiple of oneDNN's blocks; or the
-    copy rounds more than bfloat16 does. (The rows of a block's product: 15, and one at a time.)"""
+    copy rounds more than bfloat16 does. (The rows of a block's product: 15, and 3.)"""
     monkeypatch.setattr("model.PACKED_FROM", 0)
     hf_model(case).save_pretrained(tmp_path)
     exact, half = Transformer.from_pretrained(tmp_path), Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from model import Transformer
 from rloop import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,6 +35,12 @@ def set_up(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     if args.allocator == "kept":
         keep_freed_memory()
+
+
+def sampler_of(args: argparse.Namespace) -> Transformer:
+    """The weights that rloop.py would sample from."""
+    policy = Transformer.from_pretrained(args.model).requires_grad_(False)
+    return (policy.compile_blocks() if args.compile else policy).copy_as(DTYPES[args.dtype])
 
 
 def flags(args: argparse.Namespace) -> list[str]:

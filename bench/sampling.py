@@ -5,7 +5,7 @@ python -m bench.sampling --model models/SmolLM2-135M-Instruct --dtype bf16 --row
 
 import torch
 
-from bench.common import DTYPES, alternate, bandwidth, matmul_peak, options, report, set_up, setting
+from bench.common import DTYPES, alternate, bandwidth, matmul_peak, options, report, sampler_of, set_up, setting
 from model import Transformer
 from sampler import sample
 
@@ -18,8 +18,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     dtype = DTYPES[args.dtype]
-    policy = Transformer.from_pretrained(args.model).requires_grad_(False)
-    ours = (policy.compile_blocks() if args.compile else policy).copy_as(dtype)  # as rloop.py samples
+    ours = sampler_of(args)
     theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa").eval()
     vocabulary = ours.config.vocab_size
     generator = torch.Generator().manual_seed(0)

@@ -10,8 +10,7 @@ import time
 
 import torch
 
-from bench.common import DTYPES, flags, options, own_peak, set_up
-from model import Transformer
+from bench.common import flags, options, own_peak, sampler_of, set_up
 from sampler import sample
 
 ROWS = [(rows, 64) for rows in (16, 32, 64, 128, 256, 512)]
@@ -19,8 +18,7 @@ LENGTHS = [(32, length) for length in (64, 128, 256, 512, 1024)]
 
 
 def measure(args) -> dict[str, float]:
-    policy = Transformer.from_pretrained(args.model).requires_grad_(False)
-    model = (policy.compile_blocks() if args.compile else policy).copy_as(DTYPES[args.dtype])
+    model = sampler_of(args)
     prompts = torch.randint(
         3, model.config.vocab_size - 1, (args.rows // 8, args.prompt_tokens), generator=torch.Generator().manual_seed(0)
     )

@@ -22,7 +22,9 @@ AGGREGATIONS = ("token", "sequence", "constant")
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str  # Hugging Face directory of theta_0: config.json, tokenizer.json, *.safetensors
-    random_init: bool  # true: ignore its weights and start from seeded random ones (to build a base policy)
+    random_init: (
+        bool  # true: ignore its weights and start from seeded random ones (to build a base policy)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,9 @@ class DataConfig:
     train_size: int  # how many of them to use, drawn by seed; 0 = all (a file) (ours)
     eval: str  # held-out problems: "countdown:heldout", "countdown:search", "reasoning_gym:TASK:heldout", or such a file
     eval_size: int  # how many of them, the same for every seed; 0 = all (a file) (ours)
-    demonstrations: str  # for method "sft": "countdown:demonstrations", or a .jsonl file of {problem, response}
+    demonstrations: (
+        str  # for method "sft": "countdown:demonstrations", or a .jsonl file of {problem, response}
+    )
     num_demonstrations: int  # how many of them, drawn by seed; 0 = all (a file) (ours)
     prompt: str  # template around {problem}
     chat_template: bool  # put it into the checkpoint's own chat template, as the user's message
@@ -50,7 +54,9 @@ class RLConfig:
     steps: int  # N, RL steps of one iteration (ours)
     problems_per_step: int  # P (ours)
     samples_per_problem: int  # G (ours; DAPO: 16)
-    max_sampling_rounds: int  # dynamic sampling: rounds of fresh problems to fill P non-flat groups; 1 = no refill
+    max_sampling_rounds: (
+        int  # dynamic sampling: rounds of fresh problems to fill P non-flat groups; 1 = no refill
+    )
     lr: float  # peak learning rate; 0 = pure rejection-sampling fine-tuning
     warmup_steps: int  # linear warm-up at the start of each RL phase, RL steps
     minibatches: int  # optimizer steps a batch is split into
@@ -59,7 +65,9 @@ class RLConfig:
     aggregation: str  # "token" (DAPO), "sequence" (GRPO) or "constant" (Dr.GRPO)
     normalize_std: bool  # divide advantages by the group's std; false = Dr.GRPO
     kl_coef: float  # weight of the k3 KL to the phase's start, nat; DAPO: 0 = off
-    recompute_logprobs: bool  # old log-probs from the trainer instead of the sampler, for one more forward pass
+    recompute_logprobs: (
+        bool  # old log-probs from the trainer instead of the sampler, for one more forward pass
+    )
     importance_cap: float  # truncated importance sampling: tokens weigh min(trainer / sampler probability, this); 0 = off
     overlong_buffer: int  # tokens before max_new_tokens in which DAPO's soft penalty grows; 0 = off
 
@@ -77,7 +85,9 @@ class RFTConfig:
     epochs: int  # passes over the experts (ours)
     batch_size: int  # trajectories an optimizer step (ours)
     warmup_steps: int  # linear warm-up, optimizer steps (ours)
-    save_every: int  # optimizer steps between two checkpoints; the last one is always followed by one
+    save_every: (
+        int  # optimizer steps between two checkpoints; the last one is always followed by one
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +98,9 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    every: int  # RL steps between two evaluations inside an RL phase; phase ends are always evaluated
+    every: (
+        int  # RL steps between two evaluations inside an RL phase; phase ends are always evaluated
+    )
     num_samples: int  # K: responses a problem; avg@K and pass@1..K (paper: 32)
     temperature: float  # 1.0 here; the paper's text at hand does not say
     top_p: float  # nucleus; 1.0 = off
@@ -100,7 +112,9 @@ class ComputeConfig:
     threads: int  # CPU threads of torch
     dtype: str  # "float32" or "bfloat16": of the products in sampling and training; weights, log-probs and losses stay float32
     compile: bool  # torch.compile of the blocks; on a CPU it needs a C++ compiler, and pays for models of 100M parameters and more
-    checkpoint_activations: bool  # run every block a second time for the gradient instead of keeping what it computed
+    checkpoint_activations: (
+        bool  # run every block a second time for the gradient instead of keeping what it computed
+    )
     max_rows: int  # responses decoded at once; changes speed and memory, not the result
     micro_batch_tokens: int  # tokens of a forward/backward pass, a prompt counted once for its responses; changes memory, not the gradient
     replicas: int  # HSDP: copies of the sharded model; 1 = FSDP over all processes
@@ -124,10 +138,16 @@ class Config:
     compute: ComputeConfig
 
     def __post_init__(self):
-        for key, allowed in (("method", METHODS), ("rl.aggregation", AGGREGATIONS), ("compute.dtype", DTYPES)):
+        for key, allowed in (
+            ("method", METHODS),
+            ("rl.aggregation", AGGREGATIONS),
+            ("compute.dtype", DTYPES),
+        ):
             value = _get(self, key)
             if value not in allowed:
-                raise ValueError(f"{key} = {value!r}: expected one of {', '.join(map(repr, allowed))}")
+                raise ValueError(
+                    f"{key} = {value!r}: expected one of {', '.join(map(repr, allowed))}"
+                )
         for key in POSITIVE:
             if not _get(self, key) > 0:
                 raise ValueError(f"{key} = {_get(self, key)}: must be above 0")
@@ -135,9 +155,13 @@ class Config:
             if not _get(self, key) >= 0:
                 raise ValueError(f"{key} = {_get(self, key)}: must be 0 or more")
         if not self.rl.clip_low < 1:
-            raise ValueError(f"rl.clip_low = {self.rl.clip_low}: must be below 1 (the lower clip bound is 1 - clip_low)")
+            raise ValueError(
+                f"rl.clip_low = {self.rl.clip_low}: must be below 1 (the lower clip bound is 1 - clip_low)"
+            )
         if self.rl.minibatches > self.rl.problems_per_step:
-            raise ValueError(f"rl.minibatches = {self.rl.minibatches}: must not exceed rl.problems_per_step = {self.rl.problems_per_step}")
+            raise ValueError(
+                f"rl.minibatches = {self.rl.minibatches}: must not exceed rl.problems_per_step = {self.rl.problems_per_step}"
+            )
         if self.rl.importance_cap > 0 and not self.rl.recompute_logprobs:
             raise ValueError(
                 f"rl.importance_cap = {self.rl.importance_cap}: needs rl.recompute_logprobs = true, or there is nothing to correct"
@@ -146,7 +170,10 @@ class Config:
             raise ValueError(
                 f"rl.overlong_buffer = {self.rl.overlong_buffer}: must be below sampling.max_new_tokens = {self.sampling.max_new_tokens}"
             )
-        for key, value in (("select.max_success_rate", self.select.max_success_rate), ("eval.top_p", self.eval.top_p)):
+        for key, value in (
+            ("select.max_success_rate", self.select.max_success_rate),
+            ("eval.top_p", self.eval.top_p),
+        ):
             if not 0 < value <= 1:
                 raise ValueError(f"{key} = {value}: must be in (0, 1]")
         if "{problem}" not in self.data.prompt:
@@ -154,15 +181,57 @@ class Config:
 
 
 POSITIVE = (
-    *("iterations", "save_every", "sampling.max_new_tokens", "sampling.temperature", "rl.steps", "rl.problems_per_step"),
-    *("rl.samples_per_problem", "rl.max_sampling_rounds", "rl.minibatches", "rl.clip_high", "select.max_per_problem", "rft.epochs"),
-    *("rft.batch_size", "rft.save_every", "optimizer.grad_clip", "eval.every", "eval.num_samples", "eval.temperature", "compute.threads"),
-    *("compute.max_rows", "compute.micro_batch_tokens", "compute.replicas", "data.countdown_numbers", "data.countdown_max"),
+    *(
+        "iterations",
+        "save_every",
+        "sampling.max_new_tokens",
+        "sampling.temperature",
+        "rl.steps",
+        "rl.problems_per_step",
+    ),
+    *(
+        "rl.samples_per_problem",
+        "rl.max_sampling_rounds",
+        "rl.minibatches",
+        "rl.clip_high",
+        "select.max_per_problem",
+        "rft.epochs",
+    ),
+    *(
+        "rft.batch_size",
+        "rft.save_every",
+        "optimizer.grad_clip",
+        "eval.every",
+        "eval.num_samples",
+        "eval.temperature",
+        "compute.threads",
+    ),
+    *(
+        "compute.max_rows",
+        "compute.micro_batch_tokens",
+        "compute.replicas",
+        "data.countdown_numbers",
+        "data.countdown_max",
+    ),
 )
 NOT_NEGATIVE = (
-    *("seed", "rl.lr", "rl.warmup_steps", "rl.kl_coef", "rl.importance_cap", "rl.clip_low", "rl.overlong_buffer"),
+    *(
+        "seed",
+        "rl.lr",
+        "rl.warmup_steps",
+        "rl.kl_coef",
+        "rl.importance_cap",
+        "rl.clip_low",
+        "rl.overlong_buffer",
+    ),
     *("rft.lr", "rft.warmup_steps"),
-    *("optimizer.weight_decay", "eval.top_k", "data.train_size", "data.eval_size", "data.num_demonstrations"),
+    *(
+        "optimizer.weight_decay",
+        "eval.top_k",
+        "data.train_size",
+        "data.eval_size",
+        "data.num_demonstrations",
+    ),
 )
 
 
@@ -179,7 +248,11 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         raise ValueError(f"config file {path}: not found") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path}: not valid TOML: {error}") from None
-    overrides = [part for text in overrides for part in (text.split("=", 1) if text.startswith("--") else [text])]
+    overrides = [
+        part
+        for text in overrides
+        for part in (text.split("=", 1) if text.startswith("--") else [text])
+    ]
     if len(overrides) % 2:
         raise ValueError(f"overrides come in pairs --key value; {overrides[-1]!r} has no partner")
     known = _field_types(Config)
@@ -206,17 +279,36 @@ def config_from_command_line(arguments: list[str]) -> tuple[Config, dict[str, fl
         description="RLoop: explore with RL, keep the experts, fine-tune the policy that the phase began with, repeat.",
         epilog="Every key of the config can be overridden: --method rl --seed 1 --rl.lr 1e-4 --run_dir runs/rl-1",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a complete TOML file, such as configs/countdown.toml")
-    parser.add_argument("--plan", action="store_true", help="print what the run will need (memory, time, disk), and do nothing")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="with --plan: of this many GPUs")
-    parser.add_argument("--gpu-memory-gb", type=float, default=80, metavar="M", help="with --plan: of this size, in GB of 2^30 bytes")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="a complete TOML file, such as configs/countdown.toml",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what the run will need (memory, time, disk), and do nothing",
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="with --plan: of this many GPUs"
+    )
+    parser.add_argument(
+        "--gpu-memory-gb",
+        type=float,
+        default=80,
+        metavar="M",
+        help="with --plan: of this size, in GB of 2^30 bytes",
+    )
     known, overrides = parser.parse_known_args(arguments)
     machine = {"gpus": known.gpus, "gpu_memory_gb": known.gpu_memory_gb}
     for name, value in machine.items():
         if not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
         if not known.plan and value != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')}: goes with --plan; torchrun says how many processes there are")
+            raise ValueError(
+                f"--{name.replace('_', '-')}: goes with --plan; torchrun says how many processes there are"
+            )
     return load_config(known.config, overrides), machine if known.plan else None
 
 

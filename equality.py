@@ -26,7 +26,18 @@ from functools import lru_cache, reduce
 from itertools import product
 
 from evaluation import LARGE, SMALL, Evaluation, contains, fold_matrices, start_budget, variables
-from latex import FUNCTIONS, GREEK_WORDS, MAX_CHARS, OTHERWISE, Exhausted, NotMath, TooHard, Undefined, integer, parse
+from latex import (
+    FUNCTIONS,
+    GREEK_WORDS,
+    MAX_CHARS,
+    OTHERWISE,
+    Exhausted,
+    NotMath,
+    TooHard,
+    Undefined,
+    integer,
+    parse,
+)
 from units import UNITS, compound, number_words_as_digits
 
 MAX_ITEMS = 100
@@ -61,34 +72,72 @@ def compare(gold: str, answer: str) -> str:
         if _same(gold_node, answer_node):
             return "correct"
         bare = _LETTER_UNIT.match(answer)
-        if bare and gold_node[0] != "unit" and not variables(gold_node):  # 5 m for 5: a unit, as it has a blank before it
+        if (
+            bare and gold_node[0] != "unit" and not variables(gold_node)
+        ):  # 5 m for 5: a unit, as it has a blank before it
             return "correct" if _same(gold_node, read(bare[1])) else "wrong"
         bare = _LETTER_UNIT.match(gold)
         if bare and bare[2] and not contains(answer_node, {"unit", "var"}):  # 5 for 5 m/s
             return "correct" if _same(read(bare[1]), answer_node) else "wrong"
-        if _DECIMAL_COMMA.fullmatch(answer) and gold_node[0] in ("num", "neg", "mul", "pct", "unit"):
+        if _DECIMAL_COMMA.fullmatch(answer) and gold_node[0] in (
+            "num",
+            "neg",
+            "mul",
+            "pct",
+            "unit",
+        ):
             return "correct" if _same(gold_node, read(answer.replace(",", "."))) else "wrong"
         return "wrong"
     except Undecided:
         return "undecided"
-    except (ArithmeticError, ValueError, RecursionError):  # Undefined, TooHard, NotMath, and what mpmath raises
+    except (
+        ArithmeticError,
+        ValueError,
+        RecursionError,
+    ):  # Undefined, TooHard, NotMath, and what mpmath raises
         return "wrong"
 
 
 # A multiple-choice letter with its text, "(C) 42" or "C. 42"; and the label alone, to be dropped.
-_CHOICE = re.compile(r"[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?([A-J])[).:][\s}.:~\\$]*(?![-+*/^=_,\s}]|\\[ct])\S")
-_CHOICE_LABEL = re.compile(r"^[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\(?[A-E]\)\s*\}|\([A-E]\))[\s~\\]+(?=[\d$\\-])")
-_LETTER_UNIT = re.compile(r"(.*[\d)}])(?:\s|\\,|~|\$)+[msghLNJWVK](\s*/\s*[msgh])?(?:\^\{?-?\d\}?)?[\s.$]*$")
-_DECIMAL_COMMA = re.compile(r"\s*[$]?-?(?:0,\d|\d+,\d\d|\d+,\d{4,})[$%]?\s*")  # 0,5 and 3,14; not 1,234 and 1,2
-_CHOICE_WORDS = re.compile(r"(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?[: ]+\(?([A-J])", re.IGNORECASE)
+_CHOICE = re.compile(
+    r"[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?([A-J])[).:][\s}.:~\\$]*(?![-+*/^=_,\s}]|\\[ct])\S"
+)
+_CHOICE_LABEL = re.compile(
+    r"^[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\(?[A-E]\)\s*\}|\([A-E]\))[\s~\\]+(?=[\d$\\-])"
+)
+_LETTER_UNIT = re.compile(
+    r"(.*[\d)}])(?:\s|\\,|~|\$)+[msghLNJWVK](\s*/\s*[msgh])?(?:\^\{?-?\d\}?)?[\s.$]*$"
+)
+_DECIMAL_COMMA = re.compile(
+    r"\s*[$]?-?(?:0,\d|\d+,\d\d|\d+,\d{4,})[$%]?\s*"
+)  # 0,5 and 3,14; not 1,234 and 1,2
+_CHOICE_WORDS = re.compile(
+    r"(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?[: ]+\(?([A-J])", re.IGNORECASE
+)
 _ARTICLE = re.compile(r"(?:the answer is |an? |the )(?=[a-z]{3})")
-_LEAD_IN_TEXT = re.compile(r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[A-Za-z][A-Za-z ,']*\b(?:is|are|equals)\b[\s:]*\}?")
-_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|hbox)\s*\{([^{}]*)\}")
+_LEAD_IN_TEXT = re.compile(
+    r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[A-Za-z][A-Za-z ,']*\b(?:is|are|equals)\b[\s:]*\}?"
+)
+_COMMAND = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|hbox)\s*\{([^{}]*)\}"
+)
 _MATHS_WORDS = {"and", "or", "inf", "infinity", "infty", "in", "mod"}
 _SHORT_WORDS = {"no", "on", "is", "am", "pm", "up", "go", "us", "he", "we"}
 _PHRASES = {
-    **dict.fromkeys(("no solution", "no solutions", "no real solution", "no real solutions", "empty set", "the empty set"), ("set", ())),
-    **dict.fromkeys(("all real numbers", "all reals", "real numbers", "the real numbers"), ("var", "mathbb R")),
+    **dict.fromkeys(
+        (
+            "no solution",
+            "no solutions",
+            "no real solution",
+            "no real solutions",
+            "empty set",
+            "the empty set",
+        ),
+        ("set", ()),
+    ),
+    **dict.fromkeys(
+        ("all real numbers", "all reals", "real numbers", "the real numbers"), ("var", "mathbb R")
+    ),
     **dict.fromkeys(("negative infinity", "minus infinity"), ("neg", ("const", "inf"))),
     "none": ("set", ()),
     "dne": ("text", "does not exist"),
@@ -126,14 +175,25 @@ def read(text: str) -> tuple:
         return fold_matrices(node) if "matrix}" in text or "array}" in text else node
     except NotMath:
         plain = re.fullmatch(r"[\w .,:;'/-]*[A-Za-z][\w .,:;'/-]*", words)
-        if not plain and len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", words)) < 2 or not _is_balanced(text):
+        if (
+            not plain
+            and len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", words)) < 2
+            or not _is_balanced(text)
+        ):
             raise
-        return ("text", words.casefold() if plain else re.sub(r"\s|\\(?:left|right)(?![a-z])", "", words))
+        return (
+            "text",
+            words.casefold() if plain else re.sub(r"\s|\\(?:left|right)(?![a-z])", "", words),
+        )
 
 
 def _is_words(text: str) -> bool:
     """Is this run of letters and blanks language, rather than variables and functions?"""
-    runs = [run for run in text.split() if len(run) > 1 and run not in FUNCTIONS | GREEK_WORDS | _MATHS_WORDS]
+    runs = [
+        run
+        for run in text.split()
+        if len(run) > 1 and run not in FUNCTIONS | GREEK_WORDS | _MATHS_WORDS
+    ]
     if len(text.split()) == 1 and re.fullmatch(r"(?:sin|cos|tan|log|ln)[a-z]{0,2}", text):  # sinx
         return False
     return any(len(run) > 2 or run.lower() in _SHORT_WORDS for run in runs)
@@ -162,12 +222,22 @@ def _same(gold: tuple, answer: tuple) -> bool:
         return True
     assigned = [_assigned(node) for node in (gold, answer)]
     if any(assigned) and not all(assigned):
-        return _same_assignment(assigned[0], answer) if assigned[0] else _same_assignment(assigned[1], gold)
+        return (
+            _same_assignment(assigned[0], answer)
+            if assigned[0]
+            else _same_assignment(assigned[1], gold)
+        )
     (gold_name, gold_values), (name, values) = _named(gold), _named(answer)
     if gold_name is not None and name is not None and not _same_name(gold_name, name):
-        if not (gold_name[0] == name[0] == "mul" and gold_name[1][0] == name[1][0] and len(name[1]) == 2):  # f(x) = x^2 is f(t) = t^2
+        if not (
+            gold_name[0] == name[0] == "mul" and gold_name[1][0] == name[1][0] and len(name[1]) == 2
+        ):  # f(x) = x^2 is f(t) = t^2
             return False
-        values = [_substituted(value, name[1][1], gold_name[1][1]) for value in values if not _mentions(value, gold_name[1][1])]
+        values = [
+            _substituted(value, name[1][1], gold_name[1][1])
+            for value in values
+            if not _mentions(value, gold_name[1][1])
+        ]
     if gold_name is not None or name is not None:
         gold_values, values = gold_values if gold_name else [gold], values if name else [answer]
         return any(_same(g, a) for g in gold_values for a in values)
@@ -199,7 +269,13 @@ _REGIONS = ("interval", "union", "intersection", "minus", "rel")
 
 
 def _is_region(node: tuple) -> bool:
-    return node[0] in _REGIONS or node == _REALS or node in _HALF_LINES or node[0] == "add" and node[1][0] == _REALS  # R - {0}
+    return (
+        node[0] in _REGIONS
+        or node == _REALS
+        or node in _HALF_LINES
+        or node[0] == "add"
+        and node[1][0] == _REALS
+    )  # R - {0}
 
 
 _FUNCTION_NAMES = set("fghFGHPEVTpqSaNy") | {"\\phi", "\\psi", "\\sigma", "\\tau", "\\mho"}
@@ -219,8 +295,15 @@ def _is_name(node: tuple) -> bool:
     if kind == "mul":
         factors = node[1]
         if factors[0][0] == "pow":
-            return factors[0][1][0] == "var" and factors[0][1][1] in "fgh" and len(factors) == 2  # f^{-1}(x)
-        return all(map(_is_name, factors)) or factors[0][0] == "var" and factors[0][1] in _FUNCTION_NAMES and len(factors) == 2
+            return (
+                factors[0][1][0] == "var" and factors[0][1][1] in "fgh" and len(factors) == 2
+            )  # f^{-1}(x)
+        return (
+            all(map(_is_name, factors))
+            or factors[0][0] == "var"
+            and factors[0][1] in _FUNCTION_NAMES
+            and len(factors) == 2
+        )
     if kind == "fn":
         return node[1] in ("abs", "max", "min", "det") and all(map(_is_name, node[2]))
     return kind == "tuple" and all(map(_is_name, node[1]))
@@ -229,7 +312,11 @@ def _is_name(node: tuple) -> bool:
 def _named(node: tuple) -> tuple[tuple | None, list[tuple]]:
     """(name, values) of `x = value`, `x \\in set` and chains `x = expr = value ~ decimal`; (None, []) of anything else, and no values for a
     chain that contradicts itself (x = 41 = 42)."""
-    if node[0] == "list" and _is_equation(node[1][0]) and not any(n[0] == "rel" for n in node[1][1:]):  # x = 1, 2
+    if (
+        node[0] == "list"
+        and _is_equation(node[1][0])
+        and not any(n[0] == "rel" for n in node[1][1:])
+    ):  # x = 1, 2
         name, values = _named(node[1][0])
         return (name, [("list", (value, *node[1][1:])) for value in values]) if name else (None, [])
     if node[0] == "list" and all(map(_is_equation, node[1])):  # x = 1 or x = 2
@@ -237,7 +324,12 @@ def _named(node: tuple) -> tuple[tuple | None, list[tuple]]:
         if len(names) == 1 and _is_name(next(iter(names))):
             return next(iter(names)), [("list", tuple(n[1][-1] for n in node[1]))]
         return None, []
-    if node[0] == "mul" and len(node[1]) == 2 and node[1][1][0] == "tuple" and _is_label(node[1][0]):  # A(1, 2)
+    if (
+        node[0] == "mul"
+        and len(node[1]) == 2
+        and node[1][1][0] == "tuple"
+        and _is_label(node[1][0])
+    ):  # A(1, 2)
         return node[1][0], [node[1][1]]
     if node[0] != "rel" or not set(node[2]) <= {"=", "~", "in"}:
         return None, []
@@ -250,14 +342,23 @@ def _named(node: tuple) -> tuple[tuple | None, list[tuple]]:
         return None, []
     names = []
     inner = variables(parts[-1])
-    while len(parts) > 1 and (_is_name(parts[0]) and parts[0][1] not in inner or _is_sum_of_variables(parts[0]) and not inner):
+    while len(parts) > 1 and (
+        _is_name(parts[0])
+        and parts[0][1] not in inner
+        or _is_sum_of_variables(parts[0])
+        and not inner
+    ):
         names.append(parts.pop(0))
         operators.pop(0)
     constants = [part for part in parts if not variables(part)]
     if not names and len(constants) < len(parts):
         return None, []
     for i in range(1, len(parts)):
-        if not variables(parts[i - 1]) and not variables(parts[i]) and not _near(parts[i - 1], parts[i], operators[i - 1]):
+        if (
+            not variables(parts[i - 1])
+            and not variables(parts[i])
+            and not _near(parts[i - 1], parts[i], operators[i - 1])
+        ):
             return names[0] if names else ("text", "="), []
     values = [parts[operators.index("~")], parts[-1]] if "~" in operators else [parts[-1]]
     if len(names) > 1 and parts[-1][0] == "var":  # x = y = z
@@ -287,7 +388,12 @@ def _same_name(gold: tuple, answer: tuple) -> bool:
     function = ("mul", (("var", "f"), ("var", "x")))
     y = ("var", "y")
     loose = ("text", "=")
-    return gold == answer or loose in (gold, answer) or "text" in (gold[0], answer[0]) or {gold, answer} == {y, function}
+    return (
+        gold == answer
+        or loose in (gold, answer)
+        or "text" in (gold[0], answer[0])
+        or {gold, answer} == {y, function}
+    )
 
 
 def _has_sign(node: tuple) -> bool:
@@ -306,7 +412,11 @@ def _signed(node, sign: int):
 
 def _items(node: tuple) -> list[tuple]:
     items = list(node[1]) if node[0] in ("list", "set") else [node]
-    items = [branch for item in items for branch in ((_signed(item, 1), _signed(item, -1)) if _has_sign(item) else (item,))]
+    items = [
+        branch
+        for item in items
+        for branch in ((_signed(item, 1), _signed(item, -1)) if _has_sign(item) else (item,))
+    ]
     flat = []
     for item in items:
         flat += _items(item) if item[0] == "list" and len(flat) < MAX_ITEMS else [item]
@@ -315,7 +425,10 @@ def _items(node: tuple) -> list[tuple]:
 
 def _same_collection(gold: tuple, answer: tuple) -> bool:
     """Equal as multisets (lists) or sets. A tuple is no set; inequalities joined by "or" are a region."""
-    if any(n[0] == "list" and all(i[0] == "rel" and not _is_equation(i) for i in n[1]) for n in (gold, answer)):
+    if any(
+        n[0] == "list" and all(i[0] == "rel" and not _is_equation(i) for i in n[1])
+        for n in (gold, answer)
+    ):
         return _same_region(gold, answer)
     if {gold[0], answer[0]} == {"list", "tuple"}:
         return False
@@ -333,7 +446,11 @@ def _same_collection(gold: tuple, answer: tuple) -> bool:
 
 def _assigned(node: tuple) -> list[tuple] | None:
     """The equations of a list that gives values to several names: x = 1, y = 2."""
-    if node[0] != "list" or not all(map(_is_equation, node[1])) or not all(_is_name(equation[1][0]) for equation in node[1]):
+    if (
+        node[0] != "list"
+        or not all(map(_is_equation, node[1]))
+        or not all(_is_name(equation[1][0]) for equation in node[1])
+    ):
         return None
     return list(node[1]) if len({equation[1][0] for equation in node[1]}) > 1 else None
 
@@ -373,7 +490,9 @@ def _matches(gold_items: list[tuple], items: list[tuple]) -> bool:
 
 
 def _all_same(gold_items: Sequence[tuple], items: Sequence[tuple]) -> bool:
-    return len(gold_items) == len(items) and all(_same(g, a) for g, a in zip(gold_items, items, strict=True))
+    return len(gold_items) == len(items) and all(
+        _same(g, a) for g, a in zip(gold_items, items, strict=True)
+    )
 
 
 def _same_matrix(gold: tuple, answer: tuple) -> bool:
@@ -392,9 +511,21 @@ def _rows(node: tuple) -> tuple:
     """Of a matrix, of tuples in a tuple, or one row: a tuple; none of a number. [1, 2] reads as an interval."""
     if node[0] == "matrix":
         return node[1]
-    entries = node[1] if node[0] == "tuple" else node[1:3] if node[0] == "interval" and node[3] and node[4] else ()
+    entries = (
+        node[1]
+        if node[0] == "tuple"
+        else node[1:3]
+        if node[0] == "interval" and node[3] and node[4]
+        else ()
+    )
     inner = [_rows(entry) for entry in entries]
-    return tuple(rows[0] for rows in inner) if inner and all(len(rows) == 1 for rows in inner) else (entries,) if entries else ()
+    return (
+        tuple(rows[0] for rows in inner)
+        if inner and all(len(rows) == 1 for rows in inner)
+        else (entries,)
+        if entries
+        else ()
+    )
 
 
 _UNIT_VECTORS = [parse(f"\\vec{{{letter}}}") for letter in "ijk"]
@@ -406,8 +537,16 @@ def _in_basis(node: tuple) -> tuple:
     rows = _rows(node)
     entries = rows[0] if len(rows) == 1 else [row[0] for row in rows]
     if entries and len(entries) <= 3:
-        return ("add", tuple(("mul", (entry, vector)) for entry, vector in zip(entries, _UNIT_VECTORS, strict=False)))
-    for letter, vector in zip((("const", "i"), ("var", "j"), ("var", "k")), _UNIT_VECTORS, strict=True):
+        return (
+            "add",
+            tuple(
+                ("mul", (entry, vector))
+                for entry, vector in zip(entries, _UNIT_VECTORS, strict=False)
+            ),
+        )
+    for letter, vector in zip(
+        (("const", "i"), ("var", "j"), ("var", "k")), _UNIT_VECTORS, strict=True
+    ):
         node = _substituted(node, letter, vector)
     return node
 
@@ -435,10 +574,20 @@ def _explicit(branches: Sequence[tuple]) -> list[tuple]:
     pieces = _region(("union", tuple(others)))[1] if others else None
     if pieces is None:
         return list(branches)
-    ends = [(("neg", _INFINITY), True), *(end for piece in pieces for end in (piece[:2], piece[2:])), (_INFINITY, True)]
-    gaps = [("interval", low[0], high[0], not low[1], not high[1]) for low, high in zip(ends[::2], ends[1::2], strict=True)]
+    ends = [
+        (("neg", _INFINITY), True),
+        *(end for piece in pieces for end in (piece[:2], piece[2:])),
+        (_INFINITY, True),
+    ]
+    gaps = [
+        ("interval", low[0], high[0], not low[1], not high[1])
+        for low, high in zip(ends[::2], ends[1::2], strict=True)
+    ]
     rest = tuple(gap for gap in gaps if _order(gap[1]) < _order(gap[2]) or gap[3] and gap[4])
-    return [(value, ("union", rest) if condition == OTHERWISE else condition) for value, condition in branches]
+    return [
+        (value, ("union", rest) if condition == OTHERWISE else condition)
+        for value, condition in branches
+    ]
 
 
 def _same_ratio(gold: Sequence[tuple], answer: Sequence[tuple]) -> bool:
@@ -448,7 +597,8 @@ def _same_ratio(gold: Sequence[tuple], answer: Sequence[tuple]) -> bool:
     if any(n == integer(0) for n in (*gold, *answer)):
         return _all_same(gold, answer)
     return all(
-        _same_value(("mul", (gold[0], ("inv", g))), ("mul", (answer[0], ("inv", a)))) for g, a in zip(gold[1:], answer[1:], strict=True)
+        _same_value(("mul", (gold[0], ("inv", g))), ("mul", (answer[0], ("inv", a))))
+        for g, a in zip(gold[1:], answer[1:], strict=True)
     )
 
 
@@ -479,14 +629,32 @@ def _same_region(gold: tuple, answer: tuple) -> bool:
         return len(gold_region) == len(region) and all(map(_same_piece, gold_region, region))
     if gold[0] == answer[0] == "rel" and len(gold[2]) == len(answer[2]) == 1:
         (g, g_strict), (a, strict) = _positive_side(gold), _positive_side(answer)
-        return g is not None and a is not None and g_strict == strict and _proportional(g, a, positive=True)
-    if gold[0] in ("interval", "tuple") and answer[0] in ("interval", "tuple") and len(gold[1]) == 2:
-        g, a = (n if n[0] == "interval" else ("interval", *n[1], False, False) if len(n[1]) == 2 else n for n in (gold, answer))
+        return (
+            g is not None
+            and a is not None
+            and g_strict == strict
+            and _proportional(g, a, positive=True)
+        )
+    if (
+        gold[0] in ("interval", "tuple")
+        and answer[0] in ("interval", "tuple")
+        and len(gold[1]) == 2
+    ):
+        g, a = (
+            n if n[0] == "interval" else ("interval", *n[1], False, False) if len(n[1]) == 2 else n
+            for n in (gold, answer)
+        )
         return len(g) == len(a) == 5 and g[3:] == a[3:] and _same(g[1], a[1]) and _same(g[2], a[2])
     if gold[0] == answer[0] and gold[0] in ("interval", "union", "intersection", "minus"):
         if gold[0] == "interval":
-            return gold[3:] == answer[3:] and _same(gold[1], answer[1]) and _same(gold[2], answer[2])
-        return _all_same(gold[1:], answer[1:]) if gold[0] == "minus" else _matches(list(gold[1]), list(answer[1]))
+            return (
+                gold[3:] == answer[3:] and _same(gold[1], answer[1]) and _same(gold[2], answer[2])
+            )
+        return (
+            _all_same(gold[1:], answer[1:])
+            if gold[0] == "minus"
+            else _matches(list(gold[1]), list(answer[1]))
+        )
     if gold[0] == answer[0] == "rel" and gold[2] == answer[2]:
         return _all_same(gold[1], answer[1])
     return False
@@ -526,7 +694,11 @@ def _pieces(node: tuple) -> tuple[tuple | None, list[_Piece] | None]:
     if node == _REALS:
         return None, _EVERYTHING
     if node in _HALF_LINES:
-        return None, [(integer(0), False, _INFINITY, False) if node[1][-1] == "+" else (("neg", _INFINITY), False, integer(0), False)]
+        return None, [
+            (integer(0), False, _INFINITY, False)
+            if node[1][-1] == "+"
+            else (("neg", _INFINITY), False, integer(0), False)
+        ]
     if kind == "rel":
         return _inequality(node)
     if kind in ("union", "list", "intersection"):
@@ -573,7 +745,10 @@ def _inequality(node: tuple) -> tuple[tuple | None, list[_Piece] | None]:
         operator, end = operators[0], parts[1]
         if operator in ("=", "!="):
             return name, [(end, True, end, True)] if operator == "=" else _without(_EVERYTHING, end)
-        rays = {">": [(end, operator == ">=", _INFINITY, False)], "<": [(("neg", _INFINITY), False, end, operator == "<=")]}
+        rays = {
+            ">": [(end, operator == ">=", _INFINITY, False)],
+            "<": [(("neg", _INFINITY), False, end, operator == "<=")],
+        }
         return (name, rays[operator[0]]) if operator[0] in rays else (None, None)
     if operators[0][0] == operators[1][0] == ">":
         parts, operators = parts[::-1], tuple("<" + o[1:] for o in operators[::-1])
@@ -602,7 +777,10 @@ def _line(node: tuple) -> tuple[tuple, Fraction, Fraction] | None:
     if len(names) != 1:
         return None
     name = names.pop()
-    at = [Evaluation({name: x}).value(node) for x in (Fraction(0), Fraction(1), Fraction(-7, 3), Fraction(1009, 5))]
+    at = [
+        Evaluation({name: x}).value(node)
+        for x in (Fraction(0), Fraction(1), Fraction(-7, 3), Fraction(1009, 5))
+    ]
     if not all(isinstance(value, Fraction) for value in at) or at[0] == at[1]:
         return None
     slope = at[1] - at[0]
@@ -617,16 +795,36 @@ def _without(pieces: list[_Piece], point: tuple) -> list[_Piece]:
         if _order(low) < _order(point) < _order(high):
             out += [(low, low_closed, point, False), (point, False, high, high_closed)]
         else:
-            out.append((low, low_closed and _order(low) != _order(point), high, high_closed and _order(high) != _order(point)))
+            out.append(
+                (
+                    low,
+                    low_closed and _order(low) != _order(point),
+                    high,
+                    high_closed and _order(high) != _order(point),
+                )
+            )
     return out
 
 
 def _intersection(left: list[_Piece], right: list[_Piece]) -> list[_Piece]:
     pieces = []
     for (a, a_closed, b, b_closed), (c, c_closed, d, d_closed) in product(left, right):
-        low = (a, a_closed and (_order(a) > _order(c) or c_closed)) if _order(a) >= _order(c) else (c, c_closed)
-        high = (b, b_closed and (_order(b) < _order(d) or d_closed)) if _order(b) <= _order(d) else (d, d_closed)
-        if _order(low[0]) < _order(high[0]) or _order(low[0]) == _order(high[0]) and low[1] and high[1]:
+        low = (
+            (a, a_closed and (_order(a) > _order(c) or c_closed))
+            if _order(a) >= _order(c)
+            else (c, c_closed)
+        )
+        high = (
+            (b, b_closed and (_order(b) < _order(d) or d_closed))
+            if _order(b) <= _order(d)
+            else (d, d_closed)
+        )
+        if (
+            _order(low[0]) < _order(high[0])
+            or _order(low[0]) == _order(high[0])
+            and low[1]
+            and high[1]
+        ):
             pieces.append((*low, *high))
     return pieces
 
@@ -635,7 +833,11 @@ def _joined(pieces: list[_Piece]) -> list[_Piece]:
     """In order, pieces that touch joined to one."""
     out: list[_Piece] = []
     for piece in sorted(pieces, key=lambda p: (_order(p[0]), not p[1])):
-        if out and (_order(piece[0]) < _order(out[-1][2]) or _order(piece[0]) == _order(out[-1][2]) and (piece[1] or out[-1][3])):
+        if out and (
+            _order(piece[0]) < _order(out[-1][2])
+            or _order(piece[0]) == _order(out[-1][2])
+            and (piece[1] or out[-1][3])
+        ):
             low, low_closed, high, high_closed = out[-1]
             if _order(piece[2]) > _order(high) or _order(piece[2]) == _order(high) and piece[3]:
                 high, high_closed = piece[2], piece[3]
@@ -659,7 +861,12 @@ def _order(end: tuple) -> float:
 
 
 def _same_piece(gold: _Piece, answer: _Piece) -> bool:
-    return gold[1] == answer[1] and gold[3] == answer[3] and _same_end(gold[0], answer[0]) and _same_end(gold[2], answer[2])
+    return (
+        gold[1] == answer[1]
+        and gold[3] == answer[3]
+        and _same_end(gold[0], answer[0])
+        and _same_end(gold[2], answer[2])
+    )
 
 
 def _same_end(gold: tuple, answer: tuple) -> bool:
@@ -676,11 +883,16 @@ def _same_quantity(gold: tuple, answer: tuple) -> bool:
     9% is 0.09 and not 9; but where the gold says 9%, the question has asked for the percentage, and 9 is right."""
     (gold_value, gold_unit, gold_factor), (value, unit, factor) = _quantity(gold), _quantity(answer)
     if (gold_unit or gold[0] == "mul") and (unit or answer[0] == "mul") and gold != answer:
-        with_units = [_letters_as_unit(n) if n[0] == "mul" else _quantity(n) for n in (gold, answer)]
+        with_units = [
+            _letters_as_unit(n) if n[0] == "mul" else _quantity(n) for n in (gold, answer)
+        ]
         if all(with_units):
             (gold_value, gold_unit, gold_factor), (value, unit, factor) = with_units
     if gold_unit and unit:
-        scaled = [("mul", (v, ("num", f, 0))) if gold_factor != factor else v for v, f in ((gold_value, gold_factor), (value, factor))]
+        scaled = [
+            ("mul", (v, ("num", f, 0))) if gold_factor != factor else v
+            for v, f in ((gold_value, gold_factor), (value, factor))
+        ]
         return gold_unit == unit and _same_value(*scaled)
     if _same_value(gold_value, value):
         return True
@@ -688,7 +900,9 @@ def _same_quantity(gold: tuple, answer: tuple) -> bool:
     if degrees in (gold_unit, unit):
         return _same_value(gold, answer) and contains(gold if unit else answer, {"const"})
     percent = _percent(gold_value)
-    return percent is not None and not unit and _percent(value) is None and _same_value(percent, value)
+    return (
+        percent is not None and not unit and _percent(value) is None and _same_value(percent, value)
+    )
 
 
 def _quantity(node: tuple) -> tuple[tuple, tuple, Fraction]:
@@ -710,14 +924,22 @@ def within(gold: str, answer: str, tolerance: float) -> bool:
     start_budget()
     try:
         nodes = [read(text) for text in (gold, answer)]
-        (gold_value, gold_unit, gold_factor), (value, unit, factor) = (_quantity((_named(node)[1] or [node])[-1]) for node in nodes)
+        (gold_value, gold_unit, gold_factor), (value, unit, factor) = (
+            _quantity((_named(node)[1] or [node])[-1]) for node in nodes
+        )
         if gold_unit and unit and gold_unit != unit:
             return False
         if _percent(gold_value) is not None:
             gold_value, value = _percent(gold_value), _percent(value) or value
-        far = complex(Evaluation({}).value(value)) * float(factor / gold_factor if unit and gold_unit else 1)
+        far = complex(Evaluation({}).value(value)) * float(
+            factor / gold_factor if unit and gold_unit else 1
+        )
         return abs(far - complex(Evaluation({}).value(gold_value))) <= tolerance * (1 + 1e-9)
-    except (ArithmeticError, ValueError, RecursionError):  # Undefined, TooHard, NotMath, and what mpmath raises
+    except (
+        ArithmeticError,
+        ValueError,
+        RecursionError,
+    ):  # Undefined, TooHard, NotMath, and what mpmath raises
         return False
 
 
@@ -734,7 +956,11 @@ def _letters_as_unit(node: tuple) -> tuple[tuple, tuple, Fraction] | None:
             return None
         else:
             values.append(part if power == 1 else ("pow", part, integer(power)))
-    return (("mul", tuple(values)), tuple(sorted((b, p) for b, p in powers.items() if p)), factor) if values and powers else None
+    return (
+        (("mul", tuple(values)), tuple(sorted((b, p) for b, p in powers.items() if p)), factor)
+        if values and powers
+        else None
+    )
 
 
 def _factors(node: tuple, sign: int = 1) -> list[tuple[tuple, int]]:
@@ -767,12 +993,21 @@ def _is_rounding(decimal: tuple[Fraction, int] | None, value) -> bool:
     decimal writes exactly. Of a 16th digit nothing is asked: floating point has got it wrong."""
     if decimal is None or decimal[1] < ROUNDED_DIGITS or not decimal[0]:
         return False
-    if isinstance(value, Fraction) and _has_finite_decimal(value) or not isinstance(value, Fraction) and SMALL.im(value):
+    if (
+        isinstance(value, Fraction)
+        and _has_finite_decimal(value)
+        or not isinstance(value, Fraction)
+        and SMALL.im(value)
+    ):
         return False
     number, digits = decimal
     size = abs(number)
     magnitude = len(str(size.numerator // size.denominator)) if size >= 1 else -_leading_zeros(size)
-    exact = value if isinstance(value, Fraction) else Fraction(int(SMALL.nint(SMALL.re(value) * 10**60)), 10**60)
+    exact = (
+        value
+        if isinstance(value, Fraction)
+        else Fraction(int(SMALL.nint(SMALL.re(value) * 10**60)), 10**60)
+    )
     unit = Fraction(10) ** (magnitude - min(digits, 15))
     return abs(exact - number) <= unit / 2 or exact * number > 0 and 0 <= abs(exact) - size < unit
 
@@ -798,11 +1033,15 @@ def _same_value(gold: tuple, answer: tuple) -> bool:
     """The same number, or the same function of the same variables."""
     if gold == answer:
         return True
-    gold, answer = _without_common_terms(gold, answer)  # e^100 + 1 is not e^100, to however few digits they are computed
+    gold, answer = _without_common_terms(
+        gold, answer
+    )  # e^100 + 1 is not e^100, to however few digits they are computed
     try:
         names = sorted(variables(gold) | variables(answer))
         if not names:
-            return _same_number(gold, answer, {}, Evaluation({}).value(gold), Evaluation({}).value(answer))
+            return _same_number(
+                gold, answer, {}, Evaluation({}).value(gold), Evaluation({}).value(answer)
+            )
         return _agree_everywhere(gold, answer, names)
     except Undefined:
         return False
@@ -824,7 +1063,11 @@ def _without_common_terms(gold: tuple, answer: tuple) -> tuple[tuple, tuple]:
     if "add" not in (gold[0], answer[0]):
         return gold, answer
     gold_terms, terms = _terms(gold), _terms(answer)
-    common = [term for term in gold_terms if term in terms] if len(gold_terms) + len(terms) <= MAX_ITEMS else []
+    common = (
+        [term for term in gold_terms if term in terms]
+        if len(gold_terms) + len(terms) <= MAX_ITEMS
+        else []
+    )
     if not common:
         return gold, answer
     for term in common:
@@ -845,7 +1088,9 @@ def _same_number(gold: tuple, answer: tuple, point: dict[str, Fraction], g, a) -
             return g == a
     elif _close(g, a):
         return True
-    elif all(map(_is_tiny, (g, a))):  # nearly zero, or zero up to rounding: a second look with more digits
+    elif all(
+        map(_is_tiny, (g, a))
+    ):  # nearly zero, or zero up to rounding: a second look with more digits
         return _close_at_high_precision(gold, answer, point)
     if point:
         return False
@@ -855,12 +1100,16 @@ def _same_number(gold: tuple, answer: tuple, point: dict[str, Fraction], g, a) -
 
 
 def _is_tiny(value) -> bool:
-    return abs(value) < (Fraction(1, 10**15) if isinstance(value, Fraction) else SMALL.mpf(10) ** -15)
+    return abs(value) < (
+        Fraction(1, 10**15) if isinstance(value, Fraction) else SMALL.mpf(10) ** -15
+    )
 
 
 def _close(a, b, context=SMALL) -> bool:
     """Equal up to rounding, relative to the larger."""
-    a, b = (context.mpf(v.numerator) / v.denominator if isinstance(v, Fraction) else v for v in (a, b))
+    a, b = (
+        context.mpf(v.numerator) / v.denominator if isinstance(v, Fraction) else v for v in (a, b)
+    )
     return abs(a - b) <= context.mpf(10) ** -25 * max(abs(a), abs(b))
 
 
@@ -894,7 +1143,9 @@ def _points(names: list[str], nodes: tuple[tuple, tuple]) -> Iterator[dict[str, 
             if whole and name in _INTEGER_NAMES:
                 point[name] = Fraction(rng.randint(2, 12) + trial)
             else:
-                size = Fraction(rng.randint(50, 950) if trial in (2, 5) else rng.randint(1000, 4000), 997)
+                size = Fraction(
+                    rng.randint(50, 950) if trial in (2, 5) else rng.randint(1000, 4000), 997
+                )
                 point[name] = -size if trial % 2 and rng.random() < 0.6 else size
         yield point
 
@@ -916,7 +1167,9 @@ def _agree_everywhere(gold: tuple, answer: tuple, names: list[str]) -> bool:
         checked = 0
         for point in _points(names, (gold, answer)):
             try:
-                g, a = (Evaluation(point, real_only=real_only).value(node) for node in (gold, answer))
+                g, a = (
+                    Evaluation(point, real_only=real_only).value(node) for node in (gold, answer)
+                )
             except Undefined:
                 continue
             if not _same_number(gold, answer, point, g, a):
@@ -928,7 +1181,11 @@ def _agree_everywhere(gold: tuple, answer: tuple, names: list[str]) -> bool:
 
 
 def _mentions(node, wanted: tuple) -> bool:
-    return node == wanted or isinstance(node, tuple) and any(_mentions(child, wanted) for child in node)
+    return (
+        node == wanted
+        or isinstance(node, tuple)
+        and any(_mentions(child, wanted) for child in node)
+    )
 
 
 def _proportional(gold: tuple, answer: tuple, positive: bool) -> bool:
@@ -945,10 +1202,23 @@ def _proportional(gold: tuple, answer: tuple, positive: bool) -> bool:
             if g != a:
                 return False
             continue
-        here = g / a if isinstance(g, Fraction) and isinstance(a, Fraction) else Evaluation({}).real(g) / Evaluation({}).real(a)
-        if ratio is not None and not (here == ratio if isinstance(here, Fraction) and isinstance(ratio, Fraction) else _close(here, ratio)):
+        here = (
+            g / a
+            if isinstance(g, Fraction) and isinstance(a, Fraction)
+            else Evaluation({}).real(g) / Evaluation({}).real(a)
+        )
+        if ratio is not None and not (
+            here == ratio
+            if isinstance(here, Fraction) and isinstance(ratio, Fraction)
+            else _close(here, ratio)
+        ):
             return False
-        if positive and not (isinstance(here, Fraction) or not SMALL.im(here)) or positive and here < 0:
+        if (
+            positive
+            and not (isinstance(here, Fraction) or not SMALL.im(here))
+            or positive
+            and here < 0
+        ):
             return False
         ratio, checked = here, checked + 1
     return checked >= 3

@@ -36,7 +36,11 @@ def variables(node) -> set[str]:
 
 
 def contains(node, kinds: set[str]) -> bool:
-    return isinstance(node, tuple) and bool(node) and (node[0] in kinds or any(contains(child, kinds) for child in node))
+    return (
+        isinstance(node, tuple)
+        and bool(node)
+        and (node[0] in kinds or any(contains(child, kinds) for child in node))
+    )
 
 
 _budget = threading.local()
@@ -59,7 +63,9 @@ class Evaluation:
     Raises Undefined or TooHard.
     """
 
-    def __init__(self, point: dict[str, Fraction], context: MPContext = SMALL, real_only: bool = False):
+    def __init__(
+        self, point: dict[str, Fraction], context: MPContext = SMALL, real_only: bool = False
+    ):
         self.point = point
         self.context = context
         self.real_only = real_only  # sqrt(x) is Undefined at x = -1
@@ -79,7 +85,11 @@ class Evaluation:
         return value
 
     def real(self, value):
-        return self.context.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+        return (
+            self.context.mpf(value.numerator) / value.denominator
+            if isinstance(value, Fraction)
+            else value
+        )
 
     def bounded(self, value: Fraction):
         """The fraction, or a real number when it has grown too large to stay exact."""
@@ -99,7 +109,9 @@ class Evaluation:
     def _const(self, name):
         if name == "inf":
             raise Undefined("infinity")
-        return {"pi": self.context.pi, "e": self.context.e, "i": self.context.j}[name] * self.context.one
+        return {"pi": self.context.pi, "e": self.context.e, "i": self.context.j}[
+            name
+        ] * self.context.one
 
     def _add(self, nodes):
         total = Fraction(0)
@@ -144,7 +156,10 @@ class Evaluation:
                 raise TooHard("exponent too large")
             if b == 0 and e < 0:
                 raise Undefined("division by zero")
-            if isinstance(b, Fraction) and (b.numerator.bit_length() + b.denominator.bit_length()) * abs(e) <= MAX_BITS:
+            if (
+                isinstance(b, Fraction)
+                and (b.numerator.bit_length() + b.denominator.bit_length()) * abs(e) <= MAX_BITS
+            ):
                 return b ** int(e)
             return self.real(b) ** int(e)
         if isinstance(e, Fraction):
@@ -161,7 +176,10 @@ class Evaluation:
         if is_real and b < 0 and e.denominator % 2:
             return self.rational_power(-b, e) * (-1) ** (e.numerator % 2)
         if isinstance(b, Fraction) and b > 0 and e.denominator <= 64 and abs(e.numerator) <= 64:
-            top, bottom = _exact_root(b.numerator, e.denominator), _exact_root(b.denominator, e.denominator)
+            top, bottom = (
+                _exact_root(b.numerator, e.denominator),
+                _exact_root(b.denominator, e.denominator),
+            )
             if top and bottom and top.bit_length() * abs(e.numerator) <= MAX_BITS:
                 return Fraction(top, bottom) ** e.numerator
         return self.general_power(b, self.real(e))
@@ -245,9 +263,14 @@ class Evaluation:
         return self.context.gamma(self.small(self.real(n), 10**6) + 1)
 
     def fn_binom(self, n, k):
-        if all(isinstance(v, Fraction) and v.denominator == 1 for v in (n, k)) and 0 <= n <= MAX_FACTORIAL:
+        if (
+            all(isinstance(v, Fraction) and v.denominator == 1 for v in (n, k))
+            and 0 <= n <= MAX_FACTORIAL
+        ):
             return Fraction(math.comb(int(n), int(k))) if k >= 0 else Fraction(0)
-        return self.context.binomial(self.small(self.real(n), 10**6), self.small(self.real(k), 10**6))
+        return self.context.binomial(
+            self.small(self.real(n), 10**6), self.small(self.real(k), 10**6)
+        )
 
     def integers(self, values) -> list[int]:
         if not all(isinstance(v, Fraction) and v.denominator == 1 for v in values):
@@ -276,12 +299,27 @@ class Evaluation:
         outer, self.point = self.point, dict(self.point)
         for k in range(low, high + 1):
             self.point[variable] = Fraction(k)
-            total = self.both(total, self.value(body), operator.mul if name == "prod" else operator.add)
+            total = self.both(
+                total, self.value(body), operator.mul if name == "prod" else operator.add
+            )
         self.point = outer
         return total
 
 
-_ANALYTIC = {"sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
+_ANALYTIC = {
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "asin",
+    "acos",
+    "atan",
+    "sinh",
+    "cosh",
+    "tanh",
+}
 
 
 def _exact_root(n: int, k: int) -> int:
@@ -336,7 +374,13 @@ def _sum(left: tuple, right: tuple) -> tuple:
     a, b = _entries(left), _entries(right)
     if (len(a), len(a[0])) != (len(b), len(b[0])):
         raise TooHard("a sum of matrices of two sizes")
-    return ("matrix", tuple(tuple(_exact(("add", pair)) for pair in zip(*rows, strict=True)) for rows in zip(a, b, strict=True)))
+    return (
+        "matrix",
+        tuple(
+            tuple(_exact(("add", pair)) for pair in zip(*rows, strict=True))
+            for rows in zip(a, b, strict=True)
+        ),
+    )
 
 
 def _product(left: tuple, right: tuple) -> tuple:
@@ -344,11 +388,17 @@ def _product(left: tuple, right: tuple) -> tuple:
         return _exact(("mul", (left, right)))
     if left[0] != "matrix" or right[0] != "matrix":
         factor, matrix = (left, right) if right[0] == "matrix" else (right, left)
-        return ("matrix", tuple(tuple(_exact(("mul", (factor, entry))) for entry in row) for row in matrix[1]))
+        return (
+            "matrix",
+            tuple(tuple(_exact(("mul", (factor, entry))) for entry in row) for row in matrix[1]),
+        )
     a, columns = left[1], tuple(zip(*right[1], strict=True))
     if len(a[0]) != len(right[1]) or len(a) * len(columns) * len(a[0]) > MAX_PRODUCTS:
         raise TooHard("a product of matrices")
-    products = [[tuple(("mul", pair) for pair in zip(row, column, strict=True)) for column in columns] for row in a]
+    products = [
+        [tuple(("mul", pair) for pair in zip(row, column, strict=True)) for column in columns]
+        for row in a
+    ]
     return ("matrix", tuple(tuple(_exact(("add", terms)) for terms in row) for row in products))
 
 

@@ -62,11 +62,19 @@ _STYLE = re.compile(
 _THOUSANDS = re.compile(r"(?<=\d)\s*(?:\\[,!; ]|\{\s*,\s*\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))")
 _DECIMAL_COMMA = re.compile(r"\d\{,\}\d")
 _END = re.compile(r"(?:\\[,;:! ]|[.,;:\s])+$|\\+$")
-_RECURRING = re.compile(r"(\d*\.\d*?)(?:(\d)\2{2,}|(\d{2,6}?)\3{1,})(?:\.\.\.|\\[lc]?dots)")  # 0.333..., 0.1212...
+_RECURRING = re.compile(
+    r"(\d*\.\d*?)(?:(\d)\2{2,}|(\d{2,6}?)\3{1,})(?:\.\.\.|\\[lc]?dots)"
+)  # 0.333..., 0.1212...
 _MOD = re.compile(r"\(\s*\\?mod\s*(\w+)\s*\)")
-_PERIOD = re.compile(r"(?<=\d)\.(\d*)(?:\((\d+)\)|\\(?:bar|dot)\s*\{?(\d+)\}?)")  # 0.1(6), 0.1\bar{6}
-_UNIT_VECTOR = re.compile(r"\\(?:mathbf|boldsymbol|bm|hat|widehat|vec)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|\\?([ijk])(?:math)?\b)")
-_OPEN_INTERVAL = re.compile(r"([\[\]])((?:(?!\\sqrt)[^\[\](),;])+[,;](?:(?!\\sqrt)[^\[\](),;])+)([\[\]])")  # ]0, 1[
+_PERIOD = re.compile(
+    r"(?<=\d)\.(\d*)(?:\((\d+)\)|\\(?:bar|dot)\s*\{?(\d+)\}?)"
+)  # 0.1(6), 0.1\bar{6}
+_UNIT_VECTOR = re.compile(
+    r"\\(?:mathbf|boldsymbol|bm|hat|widehat|vec)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|\\?([ijk])(?:math)?\b)"
+)
+_OPEN_INTERVAL = re.compile(
+    r"([\[\]])((?:(?!\\sqrt)[^\[\](),;])+[,;](?:(?!\\sqrt)[^\[\](),;])+)([\[\]])"
+)  # ]0, 1[
 _LOG_BASE = re.compile(r"(?<![\\\w])log(2|10)(?=\()")
 _TO = re.compile(r"\s*(\d+)\s*(?:to|\\text\s*\{\s*to\s*\})\s*(\d+)\s*")  # 3 to 4
 _UNION_LETTER = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])")
@@ -88,8 +96,15 @@ def normalise(text: str) -> str:
     text = _THOUSANDS.sub("", text.strip().replace("np.", "").replace("math.", ""))
     text = text.replace("{,}", ".") if _DECIMAL_COMMA.search(text) else text
     if "\\" in text:
-        text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cfrac", "\\frac").replace("\\!", "")
-        text = re.sub(r"\\([(\[\])])", " ", text.replace("\\not=", "\\ne ").replace("\\not =", "\\ne "))
+        text = (
+            text.replace("\\dfrac", "\\frac")
+            .replace("\\tfrac", "\\frac")
+            .replace("\\cfrac", "\\frac")
+            .replace("\\!", "")
+        )
+        text = re.sub(
+            r"\\([(\[\])])", " ", text.replace("\\not=", "\\ne ").replace("\\not =", "\\ne ")
+        )
         text = _UNIT_VECTOR.sub(r"\\vec{\1\2}", _STYLE.sub(" ", text))
     if text.startswith(("**", "`")):  # Markdown
         text = text.strip("*`")
@@ -121,7 +136,9 @@ def normalise(text: str) -> str:
         text = f"\\{{{text[1:-1]}\\}}"
     text = _TIMES_TEN.sub(r" \\times 10^", text)
     text = text.replace("**", "^") if "^" not in text else text
-    return text if text.endswith("...") else _END.sub("", text).lstrip("=: ").removeprefix("\\approx")
+    return (
+        text if text.endswith("...") else _END.sub("", text).lstrip("=: ").removeprefix("\\approx")
+    )
 
 
 def _hexadecimal(match: re.Match) -> str:
@@ -141,7 +158,9 @@ def _drop_dollars(text: str) -> str:
 
 
 def _fold_unicode(text: str) -> str:
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
+    text = re.sub(
+        "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text
+    )
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m.group().translate(_SUBSCRIPTS) + "}", text)
     out = []
     for char in text:
@@ -167,7 +186,9 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _UNIT_ENDS = re.compile(r"\s*(?:$|[,;/)])")
-_GROUPED = re.compile(r"(?<!\d,)(?<!\d)\d{1,3}(?:,\d{3})+(?![\d]|,\d)|(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.]| ?\d|/| */)")
+_GROUPED = re.compile(
+    r"(?<!\d,)(?<!\d)\d{1,3}(?:,\d{3})+(?![\d]|,\d)|(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.]| ?\d|/| */)"
+)
 _TEXT_COMMANDS = {
     "text", "mathrm", "textbf", "mathbf", "mbox", "textrm", "textit", "mathit", "mathsf", "operatorname", "hbox", "texttt", "boldsymbol",
     "textnormal", "mathop", "bm", "pmb",
@@ -190,20 +211,75 @@ _GREEK = {
     "Omega", "hbar", "ell", "odot", "nabla", "partial", "mho", "angle", "triangle", "AA", "sim", "perp", "star", "aleph", "prime",
     "oplus", "top", "intercal",
 }  # fmt: skip
-GREEK_WORDS = {"pi", "theta", "alpha", "beta", "lambda", "sigma", "omega", "phi", "mu"}  # in plain text, without a backslash
+GREEK_WORDS = {
+    "pi",
+    "theta",
+    "alpha",
+    "beta",
+    "lambda",
+    "sigma",
+    "omega",
+    "phi",
+    "mu",
+}  # in plain text, without a backslash
 _ACCENTS = {
     "overline", "bar", "vec", "hat", "dot", "ddot", "tilde", "widehat", "underline", "mathcal", "mathscr", "mathfrak",
     "overarc",
 }  # fmt: skip
-_OPENING = {"pi", "infty", "frac", "sum", "prod", "int", "emptyset", "mathbb", "ldots", "dollar", "euro", "pound"}  # may begin a factor
-_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
+_OPENING = {
+    "pi",
+    "infty",
+    "frac",
+    "sum",
+    "prod",
+    "int",
+    "emptyset",
+    "mathbb",
+    "ldots",
+    "dollar",
+    "euro",
+    "pound",
+}  # may begin a factor
+_BASES = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "twelve": 12,
+    "sixteen": 16,
+}
 _FILLER = {
     "the", "a", "an", "about", "approximately", "roughly", "exactly", "is", "are", "units", "unit", "total", "only", "old", "long",
     "wide", "tall", "high", "away", "each", "of", "in", "all", "altogether",
 }  # fmt: skip
 _CONDITION_WORDS = {"if", "for", "when", "where", "otherwise", "else"}
-_WHOLE_WORDS = {word for word in _FILLER | _CONDITION_WORDS if len(word) > 1} | {"per", "sq"}  # not products of letters
-_UNITS_OR_LETTERS = {"mg", "ms", "nm", "dm", "um", "mA", "mV", "kN", "kV", "kW", "MW", "MJ", "kJ", "pt", "yd", "mi"}
+_WHOLE_WORDS = {word for word in _FILLER | _CONDITION_WORDS if len(word) > 1} | {
+    "per",
+    "sq",
+}  # not products of letters
+_UNITS_OR_LETTERS = {
+    "mg",
+    "ms",
+    "nm",
+    "dm",
+    "um",
+    "mA",
+    "mV",
+    "kN",
+    "kV",
+    "kW",
+    "MW",
+    "MJ",
+    "kJ",
+    "pt",
+    "yd",
+    "mi",
+}
 
 Token = tuple[str, str, int]  # kind (number, word, text, sign), value, position
 
@@ -218,7 +294,9 @@ def tokenise(text: str) -> list[Token]:
             match = grouped[position]
             whole = re.compile(r"\.\d+").match(text, match.end())
             end = whole.end() if whole else match.end()
-            tokens.append(("number", text[position:end].replace(",", "").replace(" ", ""), position))
+            tokens.append(
+                ("number", text[position:end].replace(",", "").replace(" ", ""), position)
+            )
             position = end
             continue
         match = _TOKEN.match(text, position)
@@ -241,9 +319,14 @@ def tokenise(text: str) -> list[Token]:
             elif name in ("quad", "qquad", ",", ";", ":", " ", "!", "thinspace"):
                 continue
             else:
-                kind, value = "sign", "\\" + name if name[:1].isalpha() or name in ("{", "}", "\\", "%") else name
+                kind, value = (
+                    "sign",
+                    "\\" + name if name[:1].isalpha() or name in ("{", "}", "\\", "%") else name,
+                )
         elif kind == "word":
-            if value in _UNITS_OR_LETTERS and not (tokens and tokens[-1][0] == "number" and _UNIT_ENDS.match(text, position)):
+            if value in _UNITS_OR_LETTERS and not (
+                tokens and tokens[-1][0] == "number" and _UNIT_ENDS.match(text, position)
+            ):
                 tokens += [("word", letter, start) for letter in value]
             else:
                 tokens += _word_tokens(value, start)
@@ -252,7 +335,13 @@ def tokenise(text: str) -> list[Token]:
             if value == "!=" and tokens and tokens[-1][0] == "number":  # 4!=24
                 tokens.append((kind, "!", start))
                 value = "="
-            value = {"<=": "\\le", ">=": "\\ge", "!=": "\\ne", "=>": "\\rightarrow", "%": "\\%"}.get(value, value)
+            value = {
+                "<=": "\\le",
+                ">=": "\\ge",
+                "!=": "\\ne",
+                "=>": "\\rightarrow",
+                "%": "\\%",
+            }.get(value, value)
             if value == "~":
                 continue
         depth += (value in ("(", "[", "\\{")) - (value in (")", "]", "\\}"))
@@ -284,7 +373,11 @@ def _text_tokens(inner: str, position: int) -> list[Token]:
     if re.fullmatch(r"[A-Za-z]", inner):
         return [("letter", inner, position)]
     if re.fullmatch(r"[A-Za-z. '-]+", inner):
-        return [token for word in re.findall(r"[A-Za-z'-]+", inner) for token in _word_tokens(word.strip("'-"), position, text=True)]
+        return [
+            token
+            for word in re.findall(r"[A-Za-z'-]+", inner)
+            for token in _word_tokens(word.strip("'-"), position, text=True)
+        ]
     if re.fullmatch(r"[A-Za-z][A-Za-z0-9. /^{}-]*", inner):  # m/s^2
         parts = re.findall(r"[A-Za-z]+|\d+|\S", inner)
         return [token for part in parts for token in _unit_tokens(part, position)]
@@ -293,7 +386,11 @@ def _text_tokens(inner: str, position: int) -> list[Token]:
 
 def _unit_tokens(part: str, position: int) -> list[Token]:
     if part.isalpha():
-        return [("letter", part, position)] if len(part) == 1 else _word_tokens(part, position, text=True)
+        return (
+            [("letter", part, position)]
+            if len(part) == 1
+            else _word_tokens(part, position, text=True)
+        )
     return [("number" if part.isdigit() else "sign", part, position)]
 
 
@@ -303,7 +400,13 @@ def _word_tokens(word: str, position: int, text: bool = False) -> list[Token]:
     if word == "Abs":
         word = "abs"
     if word in FUNCTIONS and word != "min":  # the minute
-        return [("function", {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(word, word), position)]
+        return [
+            (
+                "function",
+                {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(word, word),
+                position,
+            )
+        ]
     if lower in ("and", "or"):
         return [("sign", "\\" + lower, position)]
     if word in GREEK_WORDS:
@@ -316,7 +419,12 @@ def _word_tokens(word: str, position: int, text: bool = False) -> list[Token]:
         return [("sign", "\\cup", position)] if word == "union" else [("word", "U", position)]
     if word == "mod":
         return [("sign", "\\pmod", position)]
-    if 3 < len(word) < 6 and word[:3] in ("sin", "cos", "tan", "log") or word[:2] == "ln" and len(word) < 4:  # sinx
+    if (
+        3 < len(word) < 6
+        and word[:3] in ("sin", "cos", "tan", "log")
+        or word[:2] == "ln"
+        and len(word) < 4
+    ):  # sinx
         head = 3 if word[0] != "l" or word[1] == "o" else 2
         return [("function", word[:head], position), *_word_tokens(word[head:], position + head)]
     if word == "in":
@@ -328,10 +436,31 @@ def _word_tokens(word: str, position: int, text: bool = False) -> list[Token]:
 
 # ---- the parser ----
 
-_RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\approx": "~", "\\in": "in", "\\rightarrow": "->"}
-_CURRENCIES = {f"\\{name}": (((base, 1),), Fraction(1)) for name, base in (("dollar", "dollar"), ("euro", "euro"), ("pound", "sterling"))}
+_RELATIONS = {
+    "=": "=",
+    "<": "<",
+    ">": ">",
+    "\\le": "<=",
+    "\\ge": ">=",
+    "\\ne": "!=",
+    "\\approx": "~",
+    "\\in": "in",
+    "\\rightarrow": "->",
+}
+_CURRENCIES = {
+    f"\\{name}": (((base, 1),), Fraction(1))
+    for name, base in (("dollar", "dollar"), ("euro", "euro"), ("pound", "sterling"))
+}
 _MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "vmatrix", "smallmatrix", "array"}
-_CLOSERS = {"(": ")", "[": "]", "\\{": "\\}", "\\langle": "\\rangle", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "{": "}"}
+_CLOSERS = {
+    "(": ")",
+    "[": "]",
+    "\\{": "\\}",
+    "\\langle": "\\rangle",
+    "\\lfloor": "\\rfloor",
+    "\\lceil": "\\rceil",
+    "{": "}",
+}
 OTHERWISE = ("text", "otherwise")  # the condition of the last of several cases
 ONE, MINUS_ONE = ("num", Fraction(1), 0), ("num", Fraction(-1), 0)
 
@@ -439,7 +568,11 @@ class _Parser:
             sign = self.peek()
             self.position += 1
             other = self.sum()
-            node = ("minus", node, other) if sign == "\\backslash" else ("union", (*(node[1] if node[0] == "union" else (node,)), other))
+            node = (
+                ("minus", node, other)
+                if sign == "\\backslash"
+                else ("union", (*(node[1] if node[0] == "union" else (node,)), other))
+            )
         return node
 
     def ratio(self, first: tuple) -> tuple:
@@ -454,7 +587,9 @@ class _Parser:
         self.position += bool(sign)
         while True:
             node = self.term()
-            items.append({"-": ("neg", node), "\\pm": ("pm", node), "\\mp": ("mp", node)}.get(sign, node))
+            items.append(
+                {"-": ("neg", node), "\\pm": ("pm", node), "\\mp": ("mp", node)}.get(sign, node)
+            )
             sign = self.peek()
             if self.kind() != "sign" or sign not in ("+", "-", "\\pm", "\\mp"):
                 return items[0] if len(items) == 1 else ("add", tuple(items))
@@ -479,18 +614,30 @@ class _Parser:
             elif self.kind() == "text" and self.peek().lower() in SCALES and factors[0][0] == "num":
                 factors.append(integer(SCALES[self.peek().lower()]))
                 self.position += 1
-            elif self.peek() == "\\in" and self.peek(1) in ("", ",", ")", "^") and factors[-1][0] == "num":
+            elif (
+                self.peek() == "\\in"
+                and self.peek(1) in ("", ",", ")", "^")
+                and factors[-1][0] == "num"
+            ):
                 self.tokens[self.position] = ("text", "inch", 0)
             elif self.kind() in ("text", "letter") and self.is_unit(factors):
                 return ("unit", self.product(factors), *self.unit())
             elif self.peek() in _CURRENCIES and self.kind(1) != "number":  # 5 €
                 self.position += 1
-                return ("unit", self.product(factors), *_CURRENCIES[self.tokens[self.position - 1][1]])
+                return (
+                    "unit",
+                    self.product(factors),
+                    *_CURRENCIES[self.tokens[self.position - 1][1]],
+                )
             elif self.starts_factor():
                 factors.append(self.power(mixed_after=factors[-1] if len(factors) == 1 else None))
                 if factors[-1][0] == "mixed":
                     whole, fraction = factors[0], factors[1][1]
-                    factors = [("neg", ("add", (whole[1], fraction))) if whole[0] == "neg" else ("add", (whole, fraction))]
+                    factors = [
+                        ("neg", ("add", (whole[1], fraction)))
+                        if whole[0] == "neg"
+                        else ("add", (whole, fraction))
+                    ]
                     if self.accept("\\%"):
                         factors = [("pct", factors[0])]
             else:
@@ -507,18 +654,30 @@ class _Parser:
 
     def starts_factor(self) -> bool:
         if self.kind() == "number":
-            return self.peek(1) in ("^", "!") or self.peek(-1) not in (")", "}", "]", "|", "\\%", "!")  # 2^{3} 5^{2}, x3; not (2)1
+            return self.peek(1) in ("^", "!") or self.peek(-1) not in (
+                ")",
+                "}",
+                "]",
+                "|",
+                "\\%",
+                "!",
+            )  # 2^{3} 5^{2}, x3; not (2)1
         if self.kind() in ("word", "function", "letter"):
             return True
         value = self.peek()
         if value == "|":
             return not self.in_bars
-        return self.kind() == "sign" and (value in ("(", "[", "{", "\\{", "\\langle", "\\lfloor", "\\lceil") or self.is_symbol(value))
+        return self.kind() == "sign" and (
+            value in ("(", "[", "{", "\\{", "\\langle", "\\lfloor", "\\lceil")
+            or self.is_symbol(value)
+        )
 
     @staticmethod
     def is_symbol(value: str) -> bool:
         name = value[1:]
-        return value[:1] == "\\" and (name in _GREEK or name in _ACCENTS or name in _OPENING or value.startswith("\\begin{"))
+        return value[:1] == "\\" and (
+            name in _GREEK or name in _ACCENTS or name in _OPENING or value.startswith("\\begin{")
+        )
 
     def factor(self) -> tuple:
         negative = False
@@ -541,7 +700,11 @@ class _Parser:
             elif self.accept("\\%"):
                 node = ("pct", node)
             elif self.accept("'"):
-                node = ("var", node[1] + "'") if node[0] == "var" else ("unit", node, (("prime", 1),), Fraction(1))
+                node = (
+                    ("var", node[1] + "'")
+                    if node[0] == "var"
+                    else ("unit", node, (("prime", 1),), Fraction(1))
+                )
             elif self.accept("^"):
                 node = self.exponent(node)
             else:
@@ -565,7 +728,9 @@ class _Parser:
         return False
 
     def exponent(self, base: tuple) -> tuple:
-        if self.peek() in ("\\circ", "\\prime") or (self.peek() == "{" and self.peek(1) in ("\\circ", "\\prime")):
+        if self.peek() in ("\\circ", "\\prime") or (
+            self.peek() == "{" and self.peek(1) in ("\\circ", "\\prime")
+        ):
             braced = self.accept("{")
             count = 0
             degree = self.peek() == "\\circ"
@@ -574,10 +739,19 @@ class _Parser:
             if braced:
                 self.expect("}")
             if not degree:
-                return ("var", base[1] + "'" * count) if base[0] == "var" else ("unit", base, (("prime" * count, 1),), Fraction(1))
+                return (
+                    ("var", base[1] + "'" * count)
+                    if base[0] == "var"
+                    else ("unit", base, (("prime" * count, 1),), Fraction(1))
+                )
             if self.kind() in ("letter", "word") and self.peek() in ("C", "F"):
                 self.position += 1
-                return ("unit", base, (("deg" + self.tokens[self.position - 1][1], 1),), Fraction(1))
+                return (
+                    "unit",
+                    base,
+                    (("deg" + self.tokens[self.position - 1][1], 1),),
+                    Fraction(1),
+                )
             return ("unit", base, (("deg", 1),), Fraction(1))
         self.deeper()
         if self.accept("{"):
@@ -616,7 +790,11 @@ class _Parser:
         if kind == "function":
             return self.function(value)
         self.deeper()
-        node = self.bracket(value) if value in ("(", "[", "{", "\\{", "\\langle", "\\lfloor", "\\lceil", "|") else self.command(value)
+        node = (
+            self.bracket(value)
+            if value in ("(", "[", "{", "\\{", "\\langle", "\\lfloor", "\\lceil", "|")
+            else self.command(value)
+        )
         self.depth -= 1
         return node
 
@@ -632,14 +810,23 @@ class _Parser:
             return self.repeating(mantissa)
         decimal = "." in mantissa.rstrip(".") or bool(exponent)
         digits = len(mantissa.replace(".", "").lstrip("0")) if decimal else 0
-        if self.kind() == "number" and self.peek(1) == "/" and self.kind(2) == "number" and not decimal:
+        if (
+            self.kind() == "number"
+            and self.peek(1) == "/"
+            and self.kind(2) == "number"
+            and not decimal
+        ):
             top, bottom = self.peek(), self.peek(2)
             if top.isdigit() and bottom.isdigit() and 0 < int(top) < int(bottom):  # 2 1/2
                 self.position += 3
                 return ("num", Fraction(int(value)) + Fraction(int(top), int(bottom)), 0)
         if self.kind() == "number":
             raise NotMath("two numbers side by side")
-        return ("num", Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0), max(digits, 1) if decimal else 0)
+        return (
+            "num",
+            Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0),
+            max(digits, 1) if decimal else 0,
+        )
 
     def based(self, digits: str) -> tuple:
         """1010_2: a number in another base."""
@@ -660,7 +847,12 @@ class _Parser:
         if not period.isdigit():
             raise NotMath("a repeating part must be digits")
         places = len(start.partition(".")[2])
-        return ("num", Fraction(start.rstrip(".")) + Fraction(int(period), (10 ** len(period) - 1) * 10**places), 0)
+        return (
+            "num",
+            Fraction(start.rstrip("."))
+            + Fraction(int(period), (10 ** len(period) - 1) * 10**places),
+            0,
+        )
 
     def variable(self, name: str) -> tuple:
         if name in ("e", "i") and self.peek() != "_" and name not in self.bound:
@@ -766,12 +958,21 @@ class _Parser:
     def bracketed(self, opener: str, closer: str, items: list[tuple]) -> tuple:
         if opener == "\\{":
             return items[0] if len(items) == 1 and items[0][0] == "rel" else ("set", tuple(items))
-        if len(items) != 2 and opener + closer in ("(]", "[)") or len(items) > 1 and opener in ("\\lfloor", "\\lceil"):
+        if (
+            len(items) != 2
+            and opener + closer in ("(]", "[)")
+            or len(items) > 1
+            and opener in ("\\lfloor", "\\lceil")
+        ):
             raise NotMath("brackets do not match")
         if opener in ("\\lfloor", "\\lceil"):
             return ("fn", "floor" if opener == "\\lfloor" else "ceil", (items[0],))
         if len(items) == 1:
-            return self.based(str(items[0][1])) if items[0][0] == "num" and self.peek() == "_" else items[0]
+            return (
+                self.based(str(items[0][1]))
+                if items[0][0] == "num" and self.peek() == "_"
+                else items[0]
+            )
         if opener == "{":
             return ("set", tuple(items))
         if len(items) == 2 and (opener == "[" or closer == "]"):
@@ -790,7 +991,10 @@ class _Parser:
             return ("set", ())
         if name == "mathbb":
             name = "mathbb " + self.subscript()
-            if self.peek() == "^" and self.peek(1 + (self.peek(1) == "{")) in ("+", "-"):  # the positive ones
+            if self.peek() == "^" and self.peek(1 + (self.peek(1) == "{")) in (
+                "+",
+                "-",
+            ):  # the positive ones
                 self.position += 1
                 name += "^" + self.subscript()
             return ("var", name)
@@ -812,9 +1016,18 @@ class _Parser:
     def fraction(self) -> tuple:
         top, bottom = self.argument(), self.argument()
         d = ("var", "d")
-        if top[0] == "mul" and bottom[0] == "mul" and top[1][0] in (d, ("pow", d, integer(2))) and bottom[1][0] == d:  # dy/dx
+        if (
+            top[0] == "mul"
+            and bottom[0] == "mul"
+            and top[1][0] in (d, ("pow", d, integer(2)))
+            and bottom[1][0] == d
+        ):  # dy/dx
             return ("var", f"{top[1]} / {bottom[1]}")
-        return ("mul", (top, ("inv", bottom))) if top[0] != "neg" else ("neg", ("mul", (top[1], ("inv", bottom))))
+        return (
+            ("mul", (top, ("inv", bottom)))
+            if top[0] != "neg"
+            else ("neg", ("mul", (top[1], ("inv", bottom))))
+        )
 
     def series(self, name: str) -> tuple:
         low = high = None
@@ -827,11 +1040,23 @@ class _Parser:
         if name == "int":
             body = self.sum()
             factors = list(body[1]) if body[0] == "mul" else []
-            if len(factors) < 3 or factors[-2] != ("var", "d") or factors[-1][0] != "var" or (low is None) != (high is None):
+            if (
+                len(factors) < 3
+                or factors[-2] != ("var", "d")
+                or factors[-1][0] != "var"
+                or (low is None) != (high is None)
+            ):
                 raise NotMath("an integral needs its dx")
             body, variable = self.product(factors[:-2]), factors[-1][1]
         else:
-            if low is None or high is None or low[0] != "rel" or low[2] != ("=",) or low[1][0][0] != "var" and low[1][0] != ("const", "i"):
+            if (
+                low is None
+                or high is None
+                or low[0] != "rel"
+                or low[2] != ("=",)
+                or low[1][0][0] != "var"
+                and low[1][0] != ("const", "i")
+            ):
                 raise NotMath("a sum needs its bounds")
             variable, low = low[1][0][1], low[1][1]
             self.bound += (variable,)
@@ -863,7 +1088,9 @@ class _Parser:
         while self.peek() and self.peek() not in ("\\\\", "\\end{cases}"):
             self.position += 1
         tokens = self.tokens[start : self.position]
-        while tokens and (tokens[-1][1] in (",", ";", ".") or tokens[0][1].lower() in _CONDITION_WORDS):
+        while tokens and (
+            tokens[-1][1] in (",", ";", ".") or tokens[0][1].lower() in _CONDITION_WORDS
+        ):
             tokens = tokens[:-1] if tokens[-1][1] in (",", ";", ".") else tokens[1:]
         parser = _Parser(tokens)
         try:
@@ -896,7 +1123,10 @@ class _Parser:
     def is_unit(self, factors: list[tuple]) -> bool:
         if self.kind() == "text":
             return self.peek().lower() not in _CONDITION_WORDS
-        has_number = any(f[0] in ("num", "pct", "unit") or f[0] in ("inv", "neg") and f[1][0] == "num" for f in factors)
+        has_number = any(
+            f[0] in ("num", "pct", "unit") or f[0] in ("inv", "neg") and f[1][0] == "num"
+            for f in factors
+        )
         return has_number and self.peek() not in ("e", "i")
 
     def unit(self, divided: bool = False) -> tuple[tuple, Fraction]:
@@ -905,7 +1135,13 @@ class _Parser:
         factor = Fraction(1)
         sign = -1 if divided else 1
         power_ahead = 1
-        while self.kind() in ("text", "letter", "word") or self.peek() in ("/", "\\cdot", "{", "}", "*"):
+        while self.kind() in ("text", "letter", "word") or self.peek() in (
+            "/",
+            "\\cdot",
+            "{",
+            "}",
+            "*",
+        ):
             kind, value = self.kind(), self.peek()
             self.position += 1
             if value == "/" or value.lower() == "per":
@@ -933,7 +1169,13 @@ class _Parser:
         if not self.accept("^"):
             return 1
         exponent = self.bare_exponent()
-        value = -exponent[1][1] if exponent[0] == "neg" and exponent[1][0] == "num" else exponent[1] if exponent[0] == "num" else None
+        value = (
+            -exponent[1][1]
+            if exponent[0] == "neg" and exponent[1][0] == "num"
+            else exponent[1]
+            if exponent[0] == "num"
+            else None
+        )
         if not isinstance(value, Fraction) or value.denominator != 1 or not -9 <= value <= 9:
             raise NotMath("not a unit's power")
         return int(value)

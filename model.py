@@ -22,11 +22,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-PACKED_FROM = 2**16  # numbers of a weight; with fewer the call costs more than the order of the weight
+PACKED_FROM = (
+    2**16
+)  # numbers of a weight; with fewer the call costs more than the order of the weight
 COPIED_FILES = (  # besides weights and config, what transformers and vLLM want in a directory
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ),
     *("chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model"),
 )
 
@@ -56,21 +68,33 @@ class TransformerConfig:
         """Raises ValueError for an architecture or an option that this file does not implement."""
         name = (hf.get("architectures") or ["?"])[0]
         if name not in ARCHITECTURES:
-            raise ValueError(f"{where}: architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+            raise ValueError(
+                f"{where}: architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+            )
         family = ARCHITECTURES[name]
         rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         for key, value, supported in (
             ("rope_type", rope_type, ("default", "llama3")),
             ("hidden_act", hf.get("hidden_act", "silu"), ("silu",)),
-            ("partial_rotary_factor", rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0, (1.0,)),
+            (
+                "partial_rotary_factor",
+                rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0,
+                (1.0,),
+            ),
             ("use_sliding_window", hf.get("use_sliding_window") or False, (False,)),
-            ("layer_types", sorted(set(hf.get("layer_types") or ["full_attention"])), (["full_attention"],)),
+            (
+                "layer_types",
+                sorted(set(hf.get("layer_types") or ["full_attention"])),
+                (["full_attention"],),
+            ),
             ("mlp_bias", hf.get("mlp_bias") or False, (False,)),
             ("quantization_config", hf.get("quantization_config"), (None,)),
         ):
             if value not in supported:
-                raise ValueError(f"{where}: {key} = {value!r} is not supported; supported: {', '.join(map(repr, supported))}")
+                raise ValueError(
+                    f"{where}: {key} = {value!r} is not supported; supported: {', '.join(map(repr, supported))}"
+                )
         try:
             num_heads = hf["num_attention_heads"]
             bias = hf.get("attention_bias") or False
@@ -81,10 +105,13 @@ class TransformerConfig:
                 num_layers=hf["num_hidden_layers"],
                 num_heads=num_heads,
                 num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-                head_dim=hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // num_heads),
+                head_dim=hf.get("head_dim")
+                or (128 if family == "qwen3" else hf["hidden_size"] // num_heads),
                 norm_eps=hf.get("rms_norm_eps", 1e-6),
                 rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-                rope_scaling={key: float(rope[key]) for key in LLAMA3_ROPE} if rope_type == "llama3" else None,
+                rope_scaling={key: float(rope[key]) for key in LLAMA3_ROPE}
+                if rope_type == "llama3"
+                else None,
                 tie_embeddings=hf.get("tie_word_embeddings") or False,
                 qkv_bias=family == "qwen2" or bias,
                 o_bias=family != "qwen2" and bias,
@@ -102,7 +129,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = (
+            torch.get_autocast_dtype(x.device.type)
+            if torch.is_autocast_enabled(x.device.type)
+            else x.dtype
+        )
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps).to(dtype)
 
 
@@ -113,7 +144,9 @@ def rope_frequencies(config: TransformerConfig) -> Tensor:
     scaling = config.rope_scaling
     if scaling is None:
         return freq
-    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # over the original context
+    turns = (
+        scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
+    )  # over the original context
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0 = stretched, 1 = untouched
     return freq * (blend + (1 - blend) / scaling["factor"])
@@ -150,14 +183,26 @@ class KVCache:
 
     def __init__(self, model: "Transformer", num_rows: int, num_slots: int):
         c = model.config
-        self.weight, self.num_rows, self.num_kv_heads, self.head_dim = model.model.embed_tokens.weight, num_rows, c.num_kv_heads, c.head_dim
-        self.k, self.v = map(list, zip(*(self._zeros(_round_up(num_slots)) for _ in range(c.num_layers)), strict=True))
+        self.weight, self.num_rows, self.num_kv_heads, self.head_dim = (
+            model.model.embed_tokens.weight,
+            num_rows,
+            c.num_kv_heads,
+            c.head_dim,
+        )
+        self.k, self.v = map(
+            list,
+            zip(*(self._zeros(_round_up(num_slots)) for _ in range(c.num_layers)), strict=True),
+        )
 
     def _zeros(self, S: int) -> tuple[Tensor, Tensor]:
         """K and V of a layer. K lies in memory as [S, E], which is faster to write and to multiply with; in float32 as [E, S], since that
         order would round differently from the results in the README."""
         v = self.weight.new_zeros(self.num_rows, self.num_kv_heads, S, self.head_dim)
-        k = v.new_zeros(self.num_rows, self.num_kv_heads, self.head_dim, S) if v.dtype == torch.float32 else v.clone().transpose(-1, -2)
+        k = (
+            v.new_zeros(self.num_rows, self.num_kv_heads, self.head_dim, S)
+            if v.dtype == torch.float32
+            else v.clone().transpose(-1, -2)
+        )
         return k, v
 
     def grow(self, num_slots: int) -> None:
@@ -175,7 +220,9 @@ class KVCache:
         self.grow(num_slots)
         rows_B1 = torch.arange(B, device=pos_BT.device)[:, None]
         mask_B1TS = torch.arange(num_slots, device=pos_BT.device) <= pos_BT[:, None, :, None]
-        bias_B1TS = torch.zeros(mask_B1TS.shape, dtype=self.v[0].dtype, device=pos_BT.device).masked_fill_(~mask_B1TS, -torch.inf)
+        bias_B1TS = torch.zeros(
+            mask_B1TS.shape, dtype=self.v[0].dtype, device=pos_BT.device
+        ).masked_fill_(~mask_B1TS, -torch.inf)
 
         def attend(layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
             k, v = self.k[layer], self.v[layer]
@@ -184,7 +231,9 @@ class KVCache:
             k, v = k[:B, :, :, :num_slots], v[:B, :, :num_slots]
             if T > 1:
                 q, k = q_BTHE.transpose(1, 2), k.transpose(-1, -2)
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TS, enable_gqa=True).transpose(1, 2)
+                return F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask_B1TS, enable_gqa=True
+                ).transpose(1, 2)
             # of one token: the query heads of a kv head as the rows of one product, several times as fast on a CPU
             q_BKHE = q_BTHE.reshape(B, k.shape[1], -1, q_BTHE.shape[-1]) * q_BTHE.shape[-1] ** -0.5
             weight = (q_BKHE @ k).add_(bias_B1TS).softmax(dim=-1)
@@ -203,7 +252,11 @@ class KVCache:
 def prepack(weight: Tensor) -> Tensor | None:
     """A bfloat16 weight on a CPU in the order that oneDNN's products need; None where oneDNN cannot, or it would not pay. Without, oneDNN
     brings it into that order at every product, which takes longer than the product itself when the rows are few."""
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.numel() < PACKED_FROM:
+    if (
+        weight.dtype != torch.bfloat16
+        or weight.device.type != "cpu"
+        or weight.numel() < PACKED_FROM
+    ):
         return None
     can = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.ops.mkldnn._reorder_linear_weight(weight, 64) if can else None
@@ -215,13 +268,21 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 # an operator of ours, as compiled blocks take oneDNN's with constants only (and defined once, whatever imports this file a second time)
 if not hasattr(torch.ops.rloop, "packed_linear"):
-    torch.library.define("rloop::packed_linear", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
+    torch.library.define(
+        "rloop::packed_linear", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor"
+    )
     torch.library.impl("rloop::packed_linear", "CompositeExplicitAutograd", packed_linear)
-    torch.library.register_fake("rloop::packed_linear", lambda x, packed, bias: x.new_empty(*x.shape[:-1], len(packed)))
+    torch.library.register_fake(
+        "rloop::packed_linear", lambda x, packed, bias: x.new_empty(*x.shape[:-1], len(packed))
+    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias) if packed is None else torch.ops.rloop.packed_linear(x, packed, bias)
+    return (
+        F.linear(x, weight, bias)
+        if packed is None
+        else torch.ops.rloop.packed_linear(x, packed, bias)
+    )
 
 
 class Linear(nn.Linear):
@@ -246,8 +307,15 @@ class Attention(nn.Module):
 
     def forward(self, x_D: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [..., H, E] and k [..., K, E], and v [..., K, E], in the dtype of the products (the rotation may be in float32)."""
-        q_HE, k_KE, v_KE = (proj(x_D).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(self.q_norm(q_HE), *rope).to(v_KE.dtype), rotate(self.k_norm(k_KE), *rope).to(v_KE.dtype), v_KE
+        q_HE, k_KE, v_KE = (
+            proj(x_D).unflatten(-1, (-1, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return (
+            rotate(self.q_norm(q_HE), *rope).to(v_KE.dtype),
+            rotate(self.k_norm(k_KE), *rope).to(v_KE.dtype),
+            v_KE,
+        )
 
 
 class MLP(nn.Module):
@@ -269,7 +337,9 @@ class Block(nn.Module):
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
-        self.checkpoint_activations = False  # keep only the block's input for the gradient, and run the block a second time
+        self.checkpoint_activations = (
+            False  # keep only the block's input for the gradient, and run the block a second time
+        )
 
     def forward(self, x_D: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():
@@ -311,10 +381,14 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # recomputed, never saved: half-precision weights must not round the angles
         self._rope_freq: Tensor | None = None
-        self.source: Path | None = None  # the directory that it came from: save_pretrained copies the tokenizer from there
+        self.source: Path | None = (
+            None  # the directory that it came from: save_pretrained copies the tokenizer from there
+        )
         self.compiled = False
         self.packed_head: Tensor | None = None
-        self._copies: dict[torch.dtype, Transformer] = {}  # no submodules: a copy is not part of the state dict
+        self._copies: dict[
+            torch.dtype, Transformer
+        ] = {}  # no submodules: a copy is not part of the state dict
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Full causal forward of right-padded ids: padding cannot reach the tokens to its left, so no mask is needed."""
@@ -328,7 +402,9 @@ class Transformer(nn.Module):
             self._rope_freq = rope_frequencies(self.config).to(ids_T.device)
         x_TD = self.model.embed_tokens(ids_T)
         if torch.is_autocast_enabled(ids_T.device.type):
-            x_TD = x_TD.float()  # the sum over the blocks is float32, also where FSDP hands out bfloat16 weights
+            x_TD = (
+                x_TD.float()
+            )  # the sum over the blocks is float32, also where FSDP hands out bfloat16 weights
         angle_T1E = torch.cat([pos_T[..., None, None] * self._rope_freq] * 2, dim=-1)
         rope = angle_T1E.cos().to(x_TD.dtype), angle_T1E.sin().to(x_TD.dtype)
         for block in self.model.layers:
@@ -360,11 +436,17 @@ class Transformer(nn.Module):
         for prefix, module in copy.named_modules():
             for name, mine in module.named_parameters(recurse=False):
                 weight = whole_tensor(state[f"{prefix}.{name}"]).detach().to(dtype)
-                if isinstance(module, Linear) and name == "weight" and (packed := prepack(weight)) is not None:
+                if (
+                    isinstance(module, Linear)
+                    and name == "weight"
+                    and (packed := prepack(weight)) is not None
+                ):
                     module.packed = packed
                     continue
                 if mine.is_meta:
-                    mine = nn.Parameter(torch.empty_like(mine, device=weight.device), requires_grad=False)
+                    mine = nn.Parameter(
+                        torch.empty_like(mine, device=weight.device), requires_grad=False
+                    )
                     setattr(module, name, mine)
                 mine.copy_(weight)
         copy.packed_head = prepack(copy.head_weight)
@@ -381,7 +463,9 @@ class Transformer(nn.Module):
     def compile_blocks(self) -> "Transformer":
         """Compile what a block does before and after attention (torch.compile; on a CPU it needs a C++ compiler). One compilation serves
         all blocks and all numbers of tokens; training and sampling have one each."""
-        torch._dynamo.config.recompile_limit = 32  # one number of rows, one token, with and without gradient: 8 are too few
+        torch._dynamo.config.recompile_limit = (
+            32  # one number of rows, one token, with and without gradient: 8 are too few
+        )
         for block in self.model.layers:
             block.before = torch.compile(block.before, dynamic=True)
             block.after = torch.compile(block.after, dynamic=True)
@@ -398,7 +482,11 @@ class Transformer(nn.Module):
                     weight.fill_(1.0 if name.endswith("norm.weight") else 0.0)
                 else:
                     residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                    weight.normal_(0.0, std / math.sqrt(2 * self.config.num_layers) if residual else std, generator=generator)
+                    weight.normal_(
+                        0.0,
+                        std / math.sqrt(2 * self.config.num_layers) if residual else std,
+                        generator=generator,
+                    )
 
     @classmethod
     def from_config(cls, path: str | Path, seed: int) -> "Transformer":
@@ -411,7 +499,10 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = torch.float32,
+        device: str | torch.device = "cpu",
     ) -> "Transformer":
         """Load a Hugging Face directory (one safetensors file, or shards with their index). dtype None: as they are in the file.
 
@@ -422,8 +513,14 @@ class Transformer(nn.Module):
         path = Path(path)
         with torch.device("meta"):
             model = cls(_read_config(path))
-        parameters, head, embedding = dict(model.named_parameters()), "lm_head.weight", "model.embed_tokens.weight"
-        wanted = {head: parameters[embedding]} | parameters  # a tied head may be in the file all the same
+        parameters, head, embedding = (
+            dict(model.named_parameters()),
+            "lm_head.weight",
+            "model.embed_tokens.weight",
+        )
+        wanted = {
+            head: parameters[embedding]
+        } | parameters  # a tied head may be in the file all the same
         state = {}
         for file in _weight_files(path):
             with _open_weights(file) as tensors:
@@ -431,23 +528,40 @@ class Transformer(nn.Module):
                     if name.endswith("rotary_emb.inv_freq"):
                         continue
                     if name not in wanted:
-                        raise ValueError(f"{file}: unexpected tensor {name!r} for {type(model).__name__} of {path / 'config.json'}")
+                        raise ValueError(
+                            f"{file}: unexpected tensor {name!r} for {type(model).__name__} of {path / 'config.json'}"
+                        )
                     tensor = tensors.get_tensor(name)
                     if tensor.shape != wanted[name].shape:
-                        raise ValueError(f"{file}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
+                        raise ValueError(
+                            f"{file}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}"
+                        )
                     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                        raise ValueError(f"{file}: tensor {name!r} is {tensor.dtype}, expected float32, bfloat16 or float16")
+                        raise ValueError(
+                            f"{file}: tensor {name!r} is {tensor.dtype}, expected float32, bfloat16 or float16"
+                        )
                     state[name] = tensor.to(device=device, dtype=dtype)
         missing = [name for name in parameters if name not in state]
         if missing:
             raise ValueError(f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}")
-        if head in state and head not in parameters and not torch.equal(state.pop(head), state[embedding]):
-            raise ValueError(f"{path}: {head!r} differs from {embedding!r}, but config.json says tie_word_embeddings = true")
+        if (
+            head in state
+            and head not in parameters
+            and not torch.equal(state.pop(head), state[embedding])
+        ):
+            raise ValueError(
+                f"{path}: {head!r} differs from {embedding!r}, but config.json says tie_word_embeddings = true"
+            )
         model.load_state_dict(state, assign=True)
         model.source = path
         return model.requires_grad_(True)
 
-    def save_pretrained(self, path: str | Path, max_shard_bytes: int = 5 * 10**9, state: dict[str, Tensor] | None = None) -> None:
+    def save_pretrained(
+        self,
+        path: str | Path,
+        max_shard_bytes: int = 5 * 10**9,
+        state: dict[str, Tensor] | None = None,
+    ) -> None:
         """Write a directory that transformers and vLLM load as it is, with the tokenizer of the directory that the model came from.
 
         state: the weights to write instead of the model's own, when these are in shards (parallel.full_state). More than
@@ -457,19 +571,29 @@ class Transformer(nn.Module):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if state is None else state
-        state = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in state.items()}  # torch.compile's prefix
+        state = {
+            name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in state.items()
+        }  # torch.compile's prefix
         written = _write_weights(path, state, max_shard_bytes)
         for name in COPIED_FILES:
             if self.source is not None and (self.source / name).exists():
                 shutil.copyfile(self.source / name, path / f"{name}.tmp")
                 written.append(name)
         dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        keys = {"dtype", "torch_dtype"} & self.config.hf_config.keys() or {"dtype"}  # transformers 4 wrote torch_dtype, 5 reads both
+        keys = {"dtype", "torch_dtype"} & self.config.hf_config.keys() or {
+            "dtype"
+        }  # transformers 4 wrote torch_dtype, 5 reads both
         _write_json(path / "config.json.tmp", self.config.hf_config | dict.fromkeys(keys, dtype))
         for name in [*written, "config.json"]:
-            shutil.copymode(path / "config.json.tmp", path / f"{name}.tmp")  # safetensors' files are for their writer alone
+            shutil.copymode(
+                path / "config.json.tmp", path / f"{name}.tmp"
+            )  # safetensors' files are for their writer alone
             os.replace(path / f"{name}.tmp", path / name)
-        for pattern in ("model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"):
+        for pattern in (
+            "model.safetensors.index.json",
+            "model.safetensors",
+            "model-*-of-*.safetensors",
+        ):
             for file in path.glob(pattern):
                 if file.name not in written:
                     file.unlink()
@@ -491,14 +615,25 @@ def _write_weights(path: Path, state: dict[str, Tensor], max_bytes: int) -> list
         size += tensor.nbytes
     written, weight_map = [], {}
     for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: state[name].contiguous().cpu() for name in names}, path / f"{file}.tmp", metadata={"format": "pt"})
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+        save_file(
+            {name: state[name].contiguous().cpu() for name in names},
+            path / f"{file}.tmp",
+            metadata={"format": "pt"},
+        )
         written.append(file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total_size = sum(tensor.nbytes for tensor in state.values())
         written.append("model.safetensors.index.json")
-        _write_json(path / f"{written[-1]}.tmp", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+        _write_json(
+            path / f"{written[-1]}.tmp",
+            {"metadata": {"total_size": total_size}, "weight_map": weight_map},
+        )
     return written
 
 
@@ -523,9 +658,14 @@ def _write_json(file: Path, value: dict) -> None:
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if not index.exists():
-        file, unsafe = path / "model.safetensors", sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+        file, unsafe = (
+            path / "model.safetensors",
+            sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]),
+        )
         if unsafe and not file.exists():
-            raise ValueError(f"{unsafe[0]}: a pickle can run a stranger's code and is not loaded; convert the checkpoint to safetensors")
+            raise ValueError(
+                f"{unsafe[0]}: a pickle can run a stranger's code and is not loaded; convert the checkpoint to safetensors"
+            )
         return [file]
     weight_map = _read_json(index).get("weight_map")
     if not weight_map:

@@ -52,18 +52,29 @@ class _Slots:
     def of(cls, lengths: list[list[int]], num_columns: int, device: torch.device | str) -> "_Slots":
         """lengths[n][g] of sequences in the order of their tokens; every n gets num_columns of them."""
         longest = max(map(max, lengths))
-        slot_of_token = [(n * num_columns + g) * longest + t for n, row in enumerate(lengths) for g, T in enumerate(row) for t in range(T)]
+        slot_of_token = [
+            (n * num_columns + g) * longest + t
+            for n, row in enumerate(lengths)
+            for g, T in enumerate(row)
+            for t in range(T)
+        ]
         slot_of_token = torch.tensor(slot_of_token)
         token_of_slot = torch.full((len(lengths) * num_columns * longest,), len(slot_of_token))
         token_of_slot[slot_of_token] = torch.arange(len(slot_of_token))
         shape = (len(lengths), num_columns, longest)
-        return cls(shape=shape, token_of_slot=token_of_slot.to(device), slot_of_token=slot_of_token.to(device))
+        return cls(
+            shape=shape,
+            token_of_slot=token_of_slot.to(device),
+            slot_of_token=slot_of_token.to(device),
+        )
 
     def pad(self, x_M: Tensor) -> Tensor:
         return _Regroup.apply(x_M, self.token_of_slot, self.slot_of_token).unflatten(0, self.shape)
 
     def unpad(self, x: Tensor) -> Tensor:
-        return _Regroup.apply(x.flatten(0, len(self.shape) - 1), self.slot_of_token, self.token_of_slot)
+        return _Regroup.apply(
+            x.flatten(0, len(self.shape) - 1), self.slot_of_token, self.token_of_slot
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +101,15 @@ class Packed:
             rows.append([*range(last - pos[last], last + 1), *range(own, own + length)])
             start += length
         T = max(map(len, rows))
-        home = {token: b * T + t for b, row in reversed([*enumerate(rows)]) for t, token in enumerate(row)}
+        home = {
+            token: b * T + t
+            for b, row in reversed([*enumerate(rows)])
+            for t, token in enumerate(row)
+        }
         rows_BT = torch.tensor([row + [0] * (T - len(row)) for row in rows])
-        return rows_BT.to(self.ids_M.device), torch.tensor([home[token] for token in range(len(self.ids_M))], device=self.ids_M.device)
+        return rows_BT.to(self.ids_M.device), torch.tensor(
+            [home[token] for token in range(len(self.ids_M))], device=self.ids_M.device
+        )
 
     @cached_property
     def bias(self) -> Tensor:
@@ -100,15 +117,24 @@ class Packed:
         (N, _, R), P = self.responses.shape, self.prompts.shape[2]
         padding_NP = (self.prompts.token_of_slot == len(self.prompts.slot_of_token)).view(N, P)
         future_RR = torch.ones(R, R, dtype=torch.bool, device=padding_NP.device).triu(1)
-        hidden_NRS = torch.cat([padding_NP[:, None].expand(N, R, P), future_RR.expand(N, R, R)], dim=-1)
-        bias_NRS = torch.zeros(hidden_NRS.shape, device=hidden_NRS.device).masked_fill_(hidden_NRS, -torch.inf)
+        hidden_NRS = torch.cat(
+            [padding_NP[:, None].expand(N, R, P), future_RR.expand(N, R, R)], dim=-1
+        )
+        bias_NRS = torch.zeros(hidden_NRS.shape, device=hidden_NRS.device).masked_fill_(
+            hidden_NRS, -torch.inf
+        )
         return bias_NRS[:, None, None, None]
 
     def attend(self, layer: int, q_MHE: Tensor, k_MKE: Tensor, v_MKE: Tensor) -> Tensor:
         """Attention of the packed tokens; see model.Attend."""
         if self.responses.shape[2] > LONG or q_MHE.is_cuda:
             return self._attend_by_rows(q_MHE, k_MKE, v_MKE)
-        (N, G, R), P, (_, H, E), K = self.responses.shape, self.prompts.shape[2], q_MHE.shape, k_MKE.shape[1]
+        (N, G, R), P, (_, H, E), K = (
+            self.responses.shape,
+            self.prompts.shape[2],
+            q_MHE.shape,
+            k_MKE.shape[1],
+        )
         sizes = [len(self.prompts.slot_of_token), len(self.responses.slot_of_token)]
         parts = [x.split(sizes) for x in (q_MHE * E**-0.5, k_MKE, v_MKE)]
         q, k, v = (self.prompts.pad(x)[:, 0].transpose(1, 2) for x, _ in parts)
@@ -116,19 +142,31 @@ class Packed:
 
         # [N, K, G, S, E], S = R tokens of H/K heads: the query heads of a kv head are rows of one product
         q, own_k, own_v = (
-            self.responses.pad(x).view(N, G, R, K, -1, E).permute(0, 3, 1, 4, 2, 5).reshape(N, K, G, -1, E) for _, x in parts
+            self.responses.pad(x)
+            .view(N, G, R, K, -1, E)
+            .permute(0, 3, 1, 4, 2, 5)
+            .reshape(N, K, G, -1, E)
+            for _, x in parts
         )
-        k, v = (torch.cat([x[:, :, None].expand(N, K, G, P, E), own], dim=3) for x, own in ((k, own_k), (v, own_v)))
+        k, v = (
+            torch.cat([x[:, :, None].expand(N, K, G, P, E), own], dim=3)
+            for x, own in ((k, own_k), (v, own_v))
+        )
         score = (q @ k.transpose(-1, -2)).unflatten(-2, (-1, R)).add_(self.bias.to(q))
         y = score.softmax(dim=-1).flatten(3, 4) @ v
         y_NGRHE = y.view(N, K, G, H // K, R, E).permute(0, 2, 4, 1, 3, 5).reshape(N, G, R, H, E)
-        return torch.cat([self.prompts.unpad(y_NHPE.transpose(1, 2)[:, None]), self.responses.unpad(y_NGRHE)])
+        return torch.cat(
+            [self.prompts.unpad(y_NHPE.transpose(1, 2)[:, None]), self.responses.unpad(y_NGRHE)]
+        )
 
     def _attend_by_rows(self, q_MHE: Tensor, k_MKE: Tensor, v_MKE: Tensor) -> Tensor:
         """The prompt repeated for every response, so that a kernel that never holds the weights can be used."""
         rows_BT, home_M = self.rows
         shape = (*rows_BT.shape, -1, q_MHE.shape[-1])
-        q, k, v = (x.index_select(0, rows_BT.flatten()).view(shape).transpose(1, 2) for x in (q_MHE, k_MKE, v_MKE))
+        q, k, v = (
+            x.index_select(0, rows_BT.flatten()).view(shape).transpose(1, 2)
+            for x in (q_MHE, k_MKE, v_MKE)
+        )
         y_BHTE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return y_BHTE.transpose(1, 2).flatten(0, 1).index_select(0, home_M)
 
@@ -136,7 +174,9 @@ class Packed:
 def pack(groups: list[Group], device: torch.device | str = "cpu") -> Packed:
     """One micro-batch of (prompt ids, [response ids, ...]) groups; prompts and responses hold at least one token."""
     lengths = [[len(response) for response in responses] for _, responses in groups]
-    ids = [token for prompt, _ in groups for token in prompt] + [token for _, rs in groups for response in rs for token in response]
+    ids = [token for prompt, _ in groups for token in prompt] + [
+        token for _, rs in groups for response in rs for token in response
+    ]
     pos = [t for prompt, _ in groups for t in range(len(prompt))]
     num_prompt_tokens, predictors, prompt_end = len(pos), [], 0
     for prompt, responses in groups:
@@ -165,7 +205,11 @@ class _Piece:
 
 
 def micro_batches(
-    groups: list[Group], max_tokens: int, rank: int = 0, num_ranks: int = 1, device: torch.device | str = "cpu"
+    groups: list[Group],
+    max_tokens: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Packed, list[int]]]:
     """The groups in packed micro-batches of at most max_tokens tokens (or one response), each with the numbers of its responses among all.
 
@@ -181,7 +225,10 @@ def micro_batches(
         heapq.heappush(loads, (load + piece.num_tokens, least))
     batches = [_fill(share, max_tokens) for share in shares]
     for batch in batches[rank]:
-        yield pack([piece.group for piece in batch], device), [row for piece in batch for row in piece.rows]
+        yield (
+            pack([piece.group for piece in batch], device),
+            [row for piece in batch for row in piece.rows],
+        )
     for _ in range(max(map(len, batches)) - len(batches[rank])):
         yield pack([pieces[-1].group], device), []
 
@@ -230,7 +277,10 @@ class _HeadLogprobs(torch.autograd.Function):
         logp_Q, entropy_Q = torch.empty(2, len(x_QD), device=x_QD.device)
         for part in _HeadLogprobs.parts(x_QD, head):
             logits_PV = x_QD[part] @ head.T
-            logp_PV, prob_PV = logits_PV.log_softmax(dim=-1, dtype=torch.float32), _softmax(logits_PV)
+            logp_PV, prob_PV = (
+                logits_PV.log_softmax(dim=-1, dtype=torch.float32),
+                _softmax(logits_PV),
+            )
             logp_Q[part] = logp_PV.gather(-1, targets_Q[part, None])[:, 0]
             entropy_Q[part] = -torch.linalg.vecdot(prob_PV, logp_PV)
             if ctx.needs_input_grad[0] and part.stop * len(head) <= LOGITS_KEPT:
@@ -244,12 +294,20 @@ class _HeadLogprobs(torch.autograd.Function):
     def backward(ctx, grad_Q: Tensor, _) -> tuple[Tensor, Tensor, None]:
         x_QD, head_VD, targets_Q, *kept = ctx.saved_tensors
         head, grad_x = head_VD.to(x_QD.dtype), torch.empty_like(x_QD)
-        grad_head = torch.zeros(head.shape, device=head.device)  # float32, also of a bfloat16 head: it is a sum over many parts
+        grad_head = torch.zeros(
+            head.shape, device=head.device
+        )  # float32, also of a bfloat16 head: it is a sum over many parts
         for i, part in enumerate(_HeadLogprobs.parts(x_QD, head)):
-            slope_PV = kept[i] if i < len(kept) else _HeadLogprobs.slope(_softmax(x_QD[part] @ head.T), targets_Q[part], head.dtype)
+            slope_PV = (
+                kept[i]
+                if i < len(kept)
+                else _HeadLogprobs.slope(_softmax(x_QD[part] @ head.T), targets_Q[part], head.dtype)
+            )
             grad_PV = slope_PV * -grad_Q[part, None].to(head.dtype)
             grad_x[part] = grad_PV @ head
-            for total, term in zip(grad_head.split(1024), (grad_PV.T @ x_QD[part]).split(1024), strict=True):
+            for total, term in zip(
+                grad_head.split(1024), (grad_PV.T @ x_QD[part]).split(1024), strict=True
+            ):
                 total += term  # 1024 words at once: what is added to float32 becomes float32 first
         return grad_x, grad_head.to(head_VD.dtype), None
 
@@ -276,5 +334,8 @@ def token_logprobs(model, batch: Packed, temperature: float = 1.0) -> tuple[Tens
 
     The distribution is the sampler's: softmax of logits / temperature.
     """
-    x_QD = model.hidden(batch.ids_M, batch.pos_M, batch.attend).index_select(0, batch.predictors_Q) / temperature
+    x_QD = (
+        model.hidden(batch.ids_M, batch.pos_M, batch.attend).index_select(0, batch.predictors_Q)
+        / temperature
+    )
     return _HeadLogprobs.apply(x_QD, model.head_weight, batch.targets_Q)

@@ -45,15 +45,21 @@ def processes() -> Iterator[None]:
         signal.signal(number, lambda number, _: _stops.append(number))
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT
+    )
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "Gloo", "NCCL", "Connection")):
-            raise ConnectionError(f"another process of this run has ended, or cannot be reached: {str(error).splitlines()[0]}") from error
+        if isinstance(error, dist.DistError) or any(
+            name in str(error) for name in ("gloo", "Gloo", "NCCL", "Connection")
+        ):
+            raise ConnectionError(
+                f"another process of this run has ended, or cannot be reached: {str(error).splitlines()[0]}"
+            ) from error
         raise
     finally:
         dist.destroy_process_group()
@@ -69,7 +75,11 @@ def num_ranks() -> int:
 
 def device() -> torch.device:
     """The device that this process computes on."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def share(count: int) -> slice:
@@ -179,12 +189,16 @@ def shard(model: nn.Module, *, dtype: torch.dtype, replicas: int) -> nn.Module:
     if not dist.is_initialized():
         return model.to(device(), torch.float32)
     if num_ranks() % replicas:
-        raise ValueError(f"compute.replicas = {replicas}: must divide the number of processes, {num_ranks()}")
+        raise ValueError(
+            f"compute.replicas = {replicas}: must divide the number of processes, {num_ranks()}"
+        )
     shape, names = (num_ranks(),), ("shard",)
     if replicas > 1:
         shape, names = (replicas, num_ranks() // replicas), ("replicate", "shard")
     mesh = init_device_mesh(device().type, shape, mesh_dim_names=names)
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for module in (*model.model.layers, model):
         fully_shard(module.float(), mesh=mesh, mp_policy=precision)
         module.set_gradient_divide_factor(1.0)

@@ -80,7 +80,9 @@ def group_advantages(reward_NG: Tensor, *, normalize_std: bool = True) -> Tensor
     return adv_NG.masked_fill(flat_N1, 0.0)
 
 
-def token_weights(mask_BT: Tensor, aggregation: str, *, num_tokens: int, num_rows: int, max_new_tokens: int) -> Tensor:
+def token_weights(
+    mask_BT: Tensor, aggregation: str, *, num_tokens: int, num_rows: int, max_new_tokens: int
+) -> Tensor:
     """Weight [B, T] of each response token in the loss; over all rows of an optimizer step they sum to 1.
 
     num_tokens and num_rows count the WHOLE optimizer step, so the gradient does not depend on how it is cut into micro-batches.
@@ -98,7 +100,13 @@ def token_weights(mask_BT: Tensor, aggregation: str, *, num_tokens: int, num_row
 
 
 def grpo_loss(
-    logp: Tensor, old_logp: Tensor, adv: Tensor, weight: Tensor, *, clip_low: float, clip_high: float
+    logp: Tensor,
+    old_logp: Tensor,
+    adv: Tensor,
+    weight: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped policy-gradient loss: -sum of weight * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A), rho = exp(logp - old_logp).
 
@@ -141,13 +149,19 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     Raises ValueError unless 1 <= k <= num_samples and 0 <= num_correct <= num_samples.
     """
     if not (1 <= k <= num_samples and 0 <= num_correct <= num_samples):
-        raise ValueError(f"pass_at_k: k = {k} and num_correct = {num_correct} must fit num_samples = {num_samples}")
+        raise ValueError(
+            f"pass_at_k: k = {k} and num_correct = {num_correct} must fit num_samples = {num_samples}"
+        )
     if num_samples - num_correct < k:
         return 1.0
-    return 1.0 - math.prod(1.0 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1))
+    return 1.0 - math.prod(
+        1.0 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1)
+    )
 
 
-def select_experts(trajectories: Iterable[Trajectory], *, max_success_rate: float, max_per_problem: int) -> list[Trajectory]:
+def select_experts(
+    trajectories: Iterable[Trajectory], *, max_success_rate: float, max_per_problem: int
+) -> list[Trajectory]:
     """Expert set E: the correct trajectories of problems whose success rate over the phase is in (0, max_success_rate].
 
     Exact duplicates are removed. Of a problem with more than max_per_problem, evenly spaced ones are kept in the order of the steps, so
@@ -157,13 +171,19 @@ def select_experts(trajectories: Iterable[Trajectory], *, max_success_rate: floa
     correct_of: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
         num_attempts[trajectory.problem] += 1
-        correct_of.setdefault(trajectory.problem, []).extend([trajectory] if trajectory.reward == 1 else [])
+        correct_of.setdefault(trajectory.problem, []).extend(
+            [trajectory] if trajectory.reward == 1 else []
+        )
     experts = []
     for problem, correct in correct_of.items():
         if not correct or len(correct) > max_success_rate * num_attempts[problem]:
             continue
-        unique = list({tuple(t.ids): t for t in reversed(correct)}.values())[::-1]  # the first of equal ones
-        spaced = np.linspace(0, len(unique) - 1, min(len(unique), max_per_problem)).round().astype(int)
+        unique = list({tuple(t.ids): t for t in reversed(correct)}.values())[
+            ::-1
+        ]  # the first of equal ones
+        spaced = (
+            np.linspace(0, len(unique) - 1, min(len(unique), max_per_problem)).round().astype(int)
+        )
         experts += [unique[i] for i in spaced]
     return experts
 
@@ -184,16 +204,28 @@ def new_optimizer(policy: Transformer, cfg: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=cfg.optimizer.weight_decay)
 
 
-def finish_step(policy: Transformer, optimizer: torch.optim.Optimizer, loss: float, rows: list[dict], run: RunDir) -> float:
+def finish_step(
+    policy: Transformer,
+    optimizer: torch.optim.Optimizer,
+    loss: float,
+    rows: list[dict],
+    run: RunDir,
+) -> float:
     """Clip the gradient and apply it; returns its norm. A non-finite loss or gradient leaves the weights alone, saves the rows and stops.
 
     Raises FloatingPointError naming the saved rows.
     """
-    grad_norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), run.cfg.optimizer.grad_clip)))
+    grad_norm = float(
+        whole_tensor(
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), run.cfg.optimizer.grad_clip)
+        )
+    )
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         run.append("nonfinite_batch.jsonl", rows)
         dump = run.path / "nonfinite_batch.jsonl"
-        raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}: not finite; the weights are untouched, the batch is in {dump}")
+        raise FloatingPointError(
+            f"loss {loss}, gradient norm {grad_norm}: not finite; the weights are untouched, the batch is in {dump}"
+        )
     optimizer.step()
     optimizer.zero_grad()
     return grad_norm
@@ -207,31 +239,57 @@ def seed_of(*path: int) -> int:
 # ------------------------------------------------------------------------------------------------------------------ explore
 
 
-def encode_prompt(tokenizer: Tokenizer, question: str, cfg: Config, context: tuple[tuple[str, str], ...] = ()) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, question: str, cfg: Config, context: tuple[tuple[str, str], ...] = ()
+) -> list[int]:
     """Token ids of data.prompt around the question, behind the (role, content) messages of its context: as a conversation in the
     checkpoint's chat template, or as plain text."""
     question = cfg.data.prompt.replace("{problem}", question)
     if cfg.data.chat_template:
-        messages = [{"role": role, "content": content} for role, content in (*context, ("user", question))]
+        messages = [
+            {"role": role, "content": content} for role, content in (*context, ("user", question))
+        ]
         return tokenizer.encode(tokenizer.render_chat(messages))
-    return tokenizer.encode("\n\n".join([*(content for _, content in context), question]), add_special_tokens=True)
+    return tokenizer.encode(
+        "\n\n".join([*(content for _, content in context), question]), add_special_tokens=True
+    )
 
 
 def respond(
-    policy: Transformer, tokenizer: Tokenizer, problems: list[Problem], cfg: Config, *, seed: int, place: tuple[int, int], **sampling
+    policy: Transformer,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    cfg: Config,
+    *,
+    seed: int,
+    place: tuple[int, int],
+    **sampling,
 ) -> tuple[list[list[Trajectory]], dict[str, float]]:
     """Sample responses to the problems and score them 0/1. Returns trajectories [problem][sample] and the seconds each part took.
 
     Every process samples for its share of the problems, from weights of its own; then all of them know all trajectories."""
-    sampler, share = policy.copy_as(getattr(torch, cfg.compute.dtype)), parallel.share(len(problems))
-    limits = {"max_new_tokens": cfg.sampling.max_new_tokens, "stop_ids": tokenizer.stop_ids, "max_rows": cfg.compute.max_rows}
+    sampler, share = (
+        policy.copy_as(getattr(torch, cfg.compute.dtype)),
+        parallel.share(len(problems)),
+    )
+    limits = {
+        "max_new_tokens": cfg.sampling.max_new_tokens,
+        "stop_ids": tokenizer.stop_ids,
+        "max_rows": cfg.compute.max_rows,
+    }
 
     def sample_and_verify() -> tuple[list[list[Trajectory]], float, float]:
         start, mine = time.perf_counter(), problems[share]
         prompts = [encode_prompt(tokenizer, p.prompt, cfg, p.context) for p in mine]
-        completions = sample(sampler, prompts, seed=seed, first_prompt=share.start, **limits, **sampling)
+        completions = sample(
+            sampler, prompts, seed=seed, first_prompt=share.start, **limits, **sampling
+        )
         sampled = time.perf_counter()
-        flat = [(p, prompt, c) for p, prompt, group in zip(mine, prompts, completions, strict=True) for c in group]
+        flat = [
+            (p, prompt, c)
+            for p, prompt, group in zip(mine, prompts, completions, strict=True)
+            for c in group
+        ]
         texts = [tokenizer.decode(c.ids) for _, _, c in flat]
         verdicts = verify_many([p for p, _, _ in flat], texts)
         trajectories = [
@@ -245,7 +303,10 @@ def respond(
 
     groups, rollout_s, verify_s = zip(*parallel.gather(sample_and_verify), strict=True)
     policy.free_copies()  # training needs the memory
-    return [group for part in groups for group in part], {"time/rollout_s": max(rollout_s), "time/verify_s": max(verify_s)}
+    return [group for part in groups for group in part], {
+        "time/rollout_s": max(rollout_s),
+        "time/verify_s": max(verify_s),
+    }
 
 
 def next_problems(problems: list[Problem], count: int, run: RunDir) -> list[Problem]:
@@ -264,7 +325,9 @@ def is_flat(group: list[Trajectory]) -> bool:
     return len({t.reward for t in group}) == 1
 
 
-def sample_groups(policy, tokenizer, problems, run: RunDir, step: int) -> tuple[list[list[Trajectory]], list[list[Trajectory]], dict]:
+def sample_groups(
+    policy, tokenizer, problems, run: RunDir, step: int
+) -> tuple[list[list[Trajectory]], list[list[Trajectory]], dict]:
     """Dynamic sampling (DAPO, section 3.2): sample P groups, drop the flat ones, replace them by fresh problems for a bounded number of
     rounds. Returns the usable groups (at most P), all sampled groups, and the seconds it took."""
     cfg = run.cfg.rl
@@ -286,13 +349,23 @@ def sample_groups(policy, tokenizer, problems, run: RunDir, step: int) -> tuple[
 
 def compute_precision(cfg: Config) -> torch.autocast:
     """Where the products of the forward pass are of compute.dtype; weights, log-probs and losses are float32 all the same."""
-    return torch.autocast(parallel.device().type, torch.bfloat16, enabled=cfg.compute.dtype == "bfloat16")
+    return torch.autocast(
+        parallel.device().type, torch.bfloat16, enabled=cfg.compute.dtype == "bfloat16"
+    )
 
 
-def training_batches(groups: list[tuple[list[int], list[list[int]]]], cfg: Config) -> Iterator[tuple[Packed, list[int]]]:
+def training_batches(
+    groups: list[tuple[list[int], list[list[int]]]], cfg: Config
+) -> Iterator[tuple[Packed, list[int]]]:
     """This process's micro-batches of (prompt ids, [response ids, ...]) groups and the numbers of their responses. All processes get
     equally many, of which some may count for nothing: their numbers are an empty list."""
-    return micro_batches(groups, cfg.compute.micro_batch_tokens, parallel.rank(), parallel.num_ranks(), parallel.device())
+    return micro_batches(
+        groups,
+        cfg.compute.micro_batch_tokens,
+        parallel.rank(),
+        parallel.num_ranks(),
+        parallel.device(),
+    )
 
 
 def id_groups(groups: list[list[Trajectory]]) -> list[tuple[list[int], list[list[int]]]]:
@@ -300,7 +373,9 @@ def id_groups(groups: list[list[Trajectory]]) -> list[tuple[list[int], list[list
 
 
 @torch.no_grad()
-def response_logprobs(model: Transformer, groups: list[list[Trajectory]], cfg: Config) -> list[Tensor]:
+def response_logprobs(
+    model: Transformer, groups: list[list[Trajectory]], cfg: Config
+) -> list[Tensor]:
     """Log-probs of every response's tokens, one tensor a response, as the trainer computes them."""
     mine: dict[int, Tensor] = {}
     with compute_precision(cfg):
@@ -321,48 +396,87 @@ def accumulate_gradient(
     rows = [t for group in groups for t in group]
     length_B = torch.tensor([len(t.ids) for t in rows])
     mask_BT = torch.arange(int(length_B.max())) < length_B[:, None]
-    budget = {"num_tokens": int(length_B.sum()), "num_rows": len(rows), "max_new_tokens": cfg.sampling.max_new_tokens}
+    budget = {
+        "num_tokens": int(length_B.sum()),
+        "num_rows": len(rows),
+        "max_new_tokens": cfg.sampling.max_new_tokens,
+    }
     weight_BT, adv_B = token_weights(mask_BT, cfg.rl.aggregation, **budget), adv_NG.flatten()
-    totals = dict.fromkeys(("loss", "kl", "entropy", "gap", "gap_max", "tokens", "clip_low", "clip_high"), 0.0)
+    totals = dict.fromkeys(
+        ("loss", "kl", "entropy", "gap", "gap_max", "tokens", "clip_low", "clip_high"), 0.0
+    )
     with compute_precision(cfg):
         for batch, members in training_batches(id_groups(groups), cfg):
             logp, entropy = token_logprobs(policy, batch, cfg.sampling.temperature)
             if not members:
                 (0.0 * logp.sum()).backward()
                 continue
-            weight, adv = weight_BT[members][mask_BT[members]], adv_B[members].repeat_interleave(length_B[members])
+            weight, adv = (
+                weight_BT[members][mask_BT[members]],
+                adv_B[members].repeat_interleave(length_B[members]),
+            )
             sampler_logp = torch.tensor([logp for b in members for logp in rows[b].logps])
             old_logp = torch.cat([old_logps[b] for b in members]) if old_logps else sampler_logp
             if cfg.rl.importance_cap > 0:
                 weight = weight * (old_logp - sampler_logp).exp().clamp(max=cfg.rl.importance_cap)
-            old_logp, adv, weight, sampler_logp = (x.to(logp.device) for x in (old_logp, adv, weight, sampler_logp))
-            loss, counts = grpo_loss(logp, old_logp, adv, weight, clip_low=cfg.rl.clip_low, clip_high=cfg.rl.clip_high)
+            old_logp, adv, weight, sampler_logp = (
+                x.to(logp.device) for x in (old_logp, adv, weight, sampler_logp)
+            )
+            loss, counts = grpo_loss(
+                logp, old_logp, adv, weight, clip_low=cfg.rl.clip_low, clip_high=cfg.rl.clip_high
+            )
             if ref_logps:
-                kl = kl_loss(logp, torch.cat([ref_logps[b] for b in members]).to(logp.device), weight)
+                kl = kl_loss(
+                    logp, torch.cat([ref_logps[b] for b in members]).to(logp.device), weight
+                )
                 loss = loss + cfg.rl.kl_coef * kl
                 totals["kl"] += kl.item()
             loss.backward()
             gap = (logp.detach() - sampler_logp).abs()
             counts |= {"loss": loss, "entropy": entropy.sum(), "gap": gap.sum()}
-            totals = {name: value + (counts[name].item() if name in counts else 0.0) for name, value in totals.items()}
+            totals = {
+                name: value + (counts[name].item() if name in counts else 0.0)
+                for name, value in totals.items()
+            }
             totals["gap_max"] = max(totals["gap_max"], gap.max().item())
     return parallel.total(totals)
 
 
-def update(policy: Transformer, optimizer, reference: Transformer | None, groups: list[list[Trajectory]], run: RunDir) -> dict[str, float]:
+def update(
+    policy: Transformer,
+    optimizer,
+    reference: Transformer | None,
+    groups: list[list[Trajectory]],
+    run: RunDir,
+) -> dict[str, float]:
     """One RL update on the usable groups, in minibatches optimizer steps. Returns the step's metrics."""
     cfg, limit = run.cfg, run.cfg.sampling.max_new_tokens
-    reward_NG = torch.tensor([[t.reward + overlong_penalty(len(t.ids), limit, cfg.rl.overlong_buffer) for t in g] for g in groups])
+    reward_NG = torch.tensor(
+        [
+            [t.reward + overlong_penalty(len(t.ids), limit, cfg.rl.overlong_buffer) for t in g]
+            for g in groups
+        ]
+    )
     adv_NG = group_advantages(reward_NG, normalize_std=cfg.rl.normalize_std)
     old_logps = response_logprobs(policy, groups, cfg) if cfg.rl.recompute_logprobs else []
     ref_logps = response_logprobs(reference, groups, cfg) if reference is not None else []
     steps = []
     for split in np.array_split(np.arange(len(groups)), min(cfg.rl.minibatches, len(groups))):
-        chosen, rows = [groups[n] for n in split], slice(split[0] * len(groups[0]), (split[-1] + 1) * len(groups[0]))
-        totals = accumulate_gradient(policy, chosen, adv_NG[split], old_logps[rows], ref_logps[rows], cfg)
-        totals["grad_norm"] = finish_step(policy, optimizer, totals["loss"], [vars(t) for group in chosen for t in group], run)
+        chosen, rows = (
+            [groups[n] for n in split],
+            slice(split[0] * len(groups[0]), (split[-1] + 1) * len(groups[0])),
+        )
+        totals = accumulate_gradient(
+            policy, chosen, adv_NG[split], old_logps[rows], ref_logps[rows], cfg
+        )
+        totals["grad_norm"] = finish_step(
+            policy, optimizer, totals["loss"], [vars(t) for group in chosen for t in group], run
+        )
         steps.append(totals)
-    tokens, first = sum(totals["tokens"] for totals in steps), steps[0]  # later minibatches see a policy that has moved away
+    tokens, first = (
+        sum(totals["tokens"] for totals in steps),
+        steps[0],
+    )  # later minibatches see a policy that has moved away
     return {
         "rl/loss": float(np.mean([totals["loss"] for totals in steps])),
         "rl/grad_norm": float(np.mean([totals["grad_norm"] for totals in steps])),
@@ -371,7 +485,11 @@ def update(policy: Transformer, optimizer, reference: Transformer | None, groups
         "rl/clip_high_share": sum(totals["clip_high"] for totals in steps) / tokens,
         "rl/logp_gap_mean_nat": first["gap"] / first["tokens"],
         "rl/logp_gap_max_nat": first["gap_max"],
-    } | ({"rl/kl_nat": float(np.mean([totals["kl"] for totals in steps]))} if reference is not None else {})
+    } | (
+        {"rl/kl_nat": float(np.mean([totals["kl"] for totals in steps]))}
+        if reference is not None
+        else {}
+    )
 
 
 def explore(
@@ -388,7 +506,13 @@ def explore(
     if cfg.rl.kl_coef > 0:
         reference = load_policy(cfg)
         reference.load_state_dict(theta_i)
-    bar = tqdm(range(now.step + 1, num_steps + 1), initial=now.step, total=num_steps, desc=f"RL {now.iteration + 1}", leave=False)
+    bar = tqdm(
+        range(now.step + 1, num_steps + 1),
+        initial=now.step,
+        total=num_steps,
+        desc=f"RL {now.iteration + 1}",
+        leave=False,
+    )
     drawn = now.problems_drawn
     try:
         if now.evaluation_owed:
@@ -400,11 +524,19 @@ def explore(
             set_lr(optimizer, lr)
             with uninterrupted():
                 updating = time.perf_counter()
-                metrics = update(policy, optimizer, reference, usable, run) if usable and lr > 0 else {}
+                metrics = (
+                    update(policy, optimizer, reference, usable, run) if usable and lr > 0 else {}
+                )
                 done = time.perf_counter()
                 rows = [t for group in sampled for t in group]
-                run.append(f"trajectories/iteration_{now.iteration + 1}.jsonl", [vars(t) for t in rows])
-                now.step, now.rl_steps, now.num_trajectories = step, now.rl_steps + 1, now.num_trajectories + len(rows)
+                run.append(
+                    f"trajectories/iteration_{now.iteration + 1}.jsonl", [vars(t) for t in rows]
+                )
+                now.step, now.rl_steps, now.num_trajectories = (
+                    step,
+                    now.rl_steps + 1,
+                    now.num_trajectories + len(rows),
+                )
                 record = {
                     "phase": "rl", "iteration": now.iteration, "step": step, "rl_steps": now.rl_steps,
                     "rl/reward_mean": float(np.mean([t.reward for t in rows])),
@@ -414,7 +546,10 @@ def explore(
                     "rl/num_trajectories": now.num_trajectories, "rl/lr": lr,
                 } | metrics | seconds | {"time/update_s": done - updating, "time/step_s": done - start}  # fmt: skip
                 run.log(record, describe_step(record, num_steps))
-                drawn, now.evaluation_owed = now.problems_drawn, step % cfg.eval.every == 0 or step == num_steps
+                drawn, now.evaluation_owed = (
+                    now.problems_drawn,
+                    step % cfg.eval.every == 0 or step == num_steps,
+                )
             if now.evaluation_owed:
                 evaluate(run, policy, tokenizer, heldout, "rl")
             if step % cfg.save_every == 0 or step == num_steps:
@@ -442,20 +577,36 @@ def rft(run: RunDir, policy: Transformer, pairs: list[tuple[list[int], list[int]
     steps_per_epoch = math.ceil(len(pairs) / cfg.rft.batch_size)
     num_steps = cfg.rft.epochs * steps_per_epoch
     losses: list[float] = []
-    bar = tqdm(range(now.rft_step, num_steps), initial=now.rft_step, total=num_steps, desc=f"RFT {now.iteration + 1}", leave=False)
+    bar = tqdm(
+        range(now.rft_step, num_steps),
+        initial=now.rft_step,
+        total=num_steps,
+        desc=f"RFT {now.iteration + 1}",
+        leave=False,
+    )
     try:
         for step in bar:
             parallel.check_stop()
             epoch, position = divmod(step, steps_per_epoch)
             order = np.random.default_rng((cfg.seed, now.iteration, epoch)).permutation(len(pairs))
-            rows = [pairs[i] for i in order[position * cfg.rft.batch_size : (position + 1) * cfg.rft.batch_size]]
-            lr = cfg.rft.lr * min((step + 1) / (cfg.rft.warmup_steps + 1), (num_steps - step) / num_steps)
+            rows = [
+                pairs[i]
+                for i in order[position * cfg.rft.batch_size : (position + 1) * cfg.rft.batch_size]
+            ]
+            lr = cfg.rft.lr * min(
+                (step + 1) / (cfg.rft.warmup_steps + 1), (num_steps - step) / num_steps
+            )
             set_lr(optimizer, lr)
             with uninterrupted():
                 step_loss, grad_norm = rft_step(run, policy, optimizer, rows)
                 losses.append(step_loss)
                 now.rft_step = step + 1
-                record = {"phase": "rft", "iteration": now.iteration, "step": step + 1, "rl_steps": now.rl_steps}
+                record = {
+                    "phase": "rft",
+                    "iteration": now.iteration,
+                    "step": step + 1,
+                    "rl_steps": now.rl_steps,
+                }
                 record |= {"rft/loss": step_loss, "rft/lr": lr, "rft/grad_norm": grad_norm}
                 line = f"RFT {now.iteration + 1} epoch {epoch + 1}/{cfg.rft.epochs}  loss {np.mean(losses[-steps_per_epoch:]):.4f}"
                 run.log(record, line if position == steps_per_epoch - 1 else None)
@@ -467,23 +618,31 @@ def rft(run: RunDir, policy: Transformer, pairs: list[tuple[list[int], list[int]
         raise
 
 
-def rft_step(run: RunDir, policy: Transformer, optimizer, rows: list[tuple[list[int], list[int]]]) -> tuple[float, float]:
+def rft_step(
+    run: RunDir, policy: Transformer, optimizer, rows: list[tuple[list[int], list[int]]]
+) -> tuple[float, float]:
     """One optimizer step on a batch of (prompt ids, response ids); returns its loss (nat a token) and gradient norm."""
     num_tokens, loss_sum = sum(len(response) for _, response in rows), 0.0
-    for batch, members in training_batches([(prompt, [response]) for prompt, response in rows], run.cfg):
+    for batch, members in training_batches(
+        [(prompt, [response]) for prompt, response in rows], run.cfg
+    ):
         with compute_precision(run.cfg):
             logp, _ = token_logprobs(policy, batch)
         loss = sft_loss(logp, torch.full_like(logp, 1 / num_tokens if members else 0.0))
         loss.backward()
         loss_sum += loss.item()
     loss_sum = parallel.total({"loss": loss_sum})["loss"]
-    return loss_sum, finish_step(policy, optimizer, loss_sum, [{"prompt_ids": p, "ids": r} for p, r in rows], run)
+    return loss_sum, finish_step(
+        policy, optimizer, loss_sum, [{"prompt_ids": p, "ids": r} for p, r in rows], run
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- evaluate
 
 
-def bootstrap_interval(values_N: np.ndarray, seed: int = 0, num_resamples: int = 2000) -> tuple[float, float]:
+def bootstrap_interval(
+    values_N: np.ndarray, seed: int = 0, num_resamples: int = 2000
+) -> tuple[float, float]:
     """95% percentile bootstrap interval of the mean over problems."""
     N = len(values_N)
     counts = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=num_resamples)
@@ -491,7 +650,9 @@ def bootstrap_interval(values_N: np.ndarray, seed: int = 0, num_resamples: int =
     return float(low), float(high)
 
 
-def evaluate(run: RunDir, policy: Transformer, tokenizer: Tokenizer, heldout: list[Problem], name: str) -> dict:
+def evaluate(
+    run: RunDir, policy: Transformer, tokenizer: Tokenizer, heldout: list[Problem], name: str
+) -> dict:
     """avg@K and pass@1, 2, 4 .. K with 95% bootstrap intervals over the held-out problems; logs and returns the record. Also the shares of
     problems that an earlier evaluation of the run solved and this one does not, and that any evaluation so far solved.
 
@@ -506,11 +667,22 @@ def evaluate(run: RunDir, policy: Transformer, tokenizer: Tokenizer, heldout: li
     ks = sorted({2**e for e in range(K.bit_length()) if 2**e <= K} | {K})
     measures = {f"avg@{K}": [c / K for c in correct_N]}
     measures |= {f"pass@{k}": [pass_at_k(K, c, k) for c in correct_N] for k in ks}
-    record: dict = {"phase": "eval", "policy": name, "iteration": now.iteration, "rl_steps": now.rl_steps}
+    record: dict = {
+        "phase": "eval",
+        "policy": name,
+        "iteration": now.iteration,
+        "rl_steps": now.rl_steps,
+    }
     for key, values in measures.items():
         low, high = bootstrap_interval(np.array(values))
-        record |= {f"eval/{key}": float(np.mean(values)), f"eval/{key}_low": low, f"eval/{key}_high": high}
-    earlier = {id_ for e in run.read("evaluations.jsonl") for id_, c in e["num_correct"].items() if c > 0}
+        record |= {
+            f"eval/{key}": float(np.mean(values)),
+            f"eval/{key}_low": low,
+            f"eval/{key}_high": high,
+        }
+    earlier = {
+        id_ for e in run.read("evaluations.jsonl") for id_, c in e["num_correct"].items() if c > 0
+    }
     counts = {p.id: c for p, c in zip(heldout, correct_N, strict=True)}
     record |= {
         "eval/forgotten_share": float(np.mean([c == 0 and id_ in earlier for id_, c in counts.items()])),
@@ -521,7 +693,9 @@ def evaluate(run: RunDir, policy: Transformer, tokenizer: Tokenizer, heldout: li
     line = f"eval {name:<4} after {now.rl_steps} RL steps:  avg@{K} {record[f'eval/avg@{K}']:.4f}  pass@{K} {record[f'eval/pass@{K}']:.4f}"
     with uninterrupted():
         run.log(record, line + truncation_warning(record["eval/truncated_share"]))
-        run.append("evaluations.jsonl", [{"policy": name, "rl_steps": now.rl_steps, "num_correct": counts}])
+        run.append(
+            "evaluations.jsonl", [{"policy": name, "rl_steps": now.rl_steps, "num_correct": counts}]
+        )
         now.evaluation_owed = False
     return record
 
@@ -529,7 +703,13 @@ def evaluate(run: RunDir, policy: Transformer, tokenizer: Tokenizer, heldout: li
 # --------------------------------------------------------------------------------------------------------------- outer loops
 
 
-def run_rloop(run: RunDir, policy: Transformer, tokenizer: Tokenizer, problems: list[Problem], heldout: list[Problem]) -> None:
+def run_rloop(
+    run: RunDir,
+    policy: Transformer,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    heldout: list[Problem],
+) -> None:
     """The outer loop; goes on where run.progress stands."""
     cfg, now = run.cfg, run.progress
     while now.iteration < cfg.iterations:
@@ -541,7 +721,9 @@ def run_rloop(run: RunDir, policy: Transformer, tokenizer: Tokenizer, problems: 
             experts = filter_experts(run)
             policy.load_state_dict(theta_i)  # RFT starts from theta_i, not from the RL policy
         else:  # continuing inside RFT: the policy is on its way from theta_i to theta_{i+1}
-            experts = [Trajectory(**record) for record in run.read(f"experts/iteration_{i + 1}.jsonl")]
+            experts = [
+                Trajectory(**record) for record in run.read(f"experts/iteration_{i + 1}.jsonl")
+            ]
         if experts:  # else theta_{i+1} = theta_i, and filter_experts has said so
             rft(run, policy, [(t.prompt_ids, t.ids) for t in experts])
         evaluate(run, policy, tokenizer, heldout, "rft")
@@ -556,7 +738,11 @@ def filter_experts(run: RunDir) -> list[Trajectory]:
 
     def trajectories() -> Iterator[Trajectory]:
         for record in run.lines(f"trajectories/iteration_{now.iteration + 1}.jsonl"):
-            seen.update(["all", "correct", ("solved", record["problem"])] if record["reward"] == 1 else ["all"])
+            seen.update(
+                ["all", "correct", ("solved", record["problem"])]
+                if record["reward"] == 1
+                else ["all"]
+            )
             yield Trajectory(**record)
 
     def select() -> tuple[list[Trajectory], Counter]:
@@ -580,20 +766,40 @@ def filter_experts(run: RunDir) -> list[Trajectory]:
     return experts
 
 
-def run_rl(run: RunDir, policy: Transformer, tokenizer: Tokenizer, problems: list[Problem], heldout: list[Problem]) -> None:
+def run_rl(
+    run: RunDir,
+    policy: Transformer,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    heldout: list[Problem],
+) -> None:
     """Plain RL, the baseline: the same number of RL steps in one phase from theta_0, which only a KL term needs to remember."""
     theta_0 = {}
     if run.cfg.rl.kl_coef > 0:
         theta_0 = run.load_theta(policy) if run.progress.step > 0 else copy_weights(policy)
-    explore(run, policy, tokenizer, problems, heldout, run.cfg.iterations * run.cfg.rl.steps, theta_0)
+    explore(
+        run, policy, tokenizer, problems, heldout, run.cfg.iterations * run.cfg.rl.steps, theta_0
+    )
     run.save_policy(policy, "rl_1")
 
 
 def run_sft(run: RunDir, policy: Transformer, tokenizer: Tokenizer, heldout: list[Problem]) -> None:
     """The RFT loop on given demonstrations: it builds the embedded base policy."""
     cfg = run.cfg
-    demonstrations = load_demonstrations(cfg.data.demonstrations, size=cfg.data.num_demonstrations, seed=cfg.seed, **countdown_options(cfg))
-    rft(run, policy, [(encode_prompt(tokenizer, q, cfg), [*tokenizer.encode(r), tokenizer.eos_id]) for q, r in demonstrations])
+    demonstrations = load_demonstrations(
+        cfg.data.demonstrations,
+        size=cfg.data.num_demonstrations,
+        seed=cfg.seed,
+        **countdown_options(cfg),
+    )
+    rft(
+        run,
+        policy,
+        [
+            (encode_prompt(tokenizer, q, cfg), [*tokenizer.encode(r), tokenizer.eos_id])
+            for q, r in demonstrations
+        ],
+    )
     evaluate(run, policy, tokenizer, heldout, "rft")
     run.save_policy(policy, "sft")
 
@@ -616,11 +822,16 @@ def load_policy(cfg: Config) -> Transformer:
         block.checkpoint_activations = cfg.compute.checkpoint_activations
     if cfg.compute.compile:
         policy.compile_blocks()
-    return parallel.shard(policy, dtype=getattr(torch, cfg.compute.dtype), replicas=cfg.compute.replicas)
+    return parallel.shard(
+        policy, dtype=getattr(torch, cfg.compute.dtype), replicas=cfg.compute.replicas
+    )
 
 
 def countdown_options(cfg: Config) -> dict[str, int]:
-    return {"countdown_numbers": cfg.data.countdown_numbers, "countdown_max": cfg.data.countdown_max}
+    return {
+        "countdown_numbers": cfg.data.countdown_numbers,
+        "countdown_max": cfg.data.countdown_max,
+    }
 
 
 def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
@@ -639,7 +850,9 @@ def run_method(cfg: Config) -> None:
     keep_freed_memory()
     run = RunDir(cfg)
     if run.progress.finished:
-        print(f"{run.path} is finished; this is its result. For another run choose another --run_dir")
+        print(
+            f"{run.path} is finished; this is its result. For another run choose another --run_dir"
+        )
         return
     problems, heldout = load_data(cfg)
     tokenizer = Tokenizer(cfg.model.path, chat=cfg.data.chat_template)

@@ -34,7 +34,9 @@ import parallel
 from config import Config, config_dict, differing_keys
 
 MAX_CHECKPOINTS = 2
-warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")  # one process: as meant
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint"
+)  # one process: as meant
 
 
 @dataclass
@@ -43,9 +45,13 @@ class Progress:
 
     iteration: int = 0  # finished iterations
     step: int = 0  # finished RL steps of the current iteration
-    rft_step: int = 0  # finished RFT steps of the current iteration; above 0, exploring and filtering are done
+    rft_step: int = (
+        0  # finished RFT steps of the current iteration; above 0, exploring and filtering are done
+    )
     rl_steps: int = 0  # finished RL steps of the whole run
-    evaluation_owed: bool = False  # the last RL step is followed by an evaluation, which is not finished
+    evaluation_owed: bool = (
+        False  # the last RL step is followed by an evaluation, which is not finished
+    )
     problems_drawn: int = 0  # position in the endless, seeded stream of problems
     num_trajectories: int = 0  # sampled in training so far
     seconds: float = 0.0  # wall time so far, over all sittings
@@ -78,10 +84,16 @@ class RunDir:
         config_file, checkpoints = self.path / "config.json", self._checkpoints()
         stored = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
         if "run_dir" not in stored and (stored or self._line_files()):
-            raise ValueError(f"{self.path} holds files of something else than a run. Choose another --run_dir")
+            raise ValueError(
+                f"{self.path} holds files of something else than a run. Choose another --run_dir"
+            )
         keys = differing_keys(stored, config_dict(self.cfg))
-        if checkpoints and keys:  # before the first one there is nothing to lose: a run that failed at once may be started anew
-            raise ValueError(f"{self.path} holds a run of another config; differing keys: {', '.join(keys)}. Choose another --run_dir")
+        if (
+            checkpoints and keys
+        ):  # before the first one there is nothing to lose: a run that failed at once may be started anew
+            raise ValueError(
+                f"{self.path} holds a run of another config; differing keys: {', '.join(keys)}. Choose another --run_dir"
+            )
         write_json(config_file, config_dict(self.cfg))
         return checkpoints
 
@@ -123,31 +135,58 @@ class RunDir:
 
     # ---- checkpoints
 
-    def save(self, policy: nn.Module, optimizer: torch.optim.Optimizer | None = None, theta_i: dict[str, Tensor] | None = None) -> None:
+    def save(
+        self,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        theta_i: dict[str, Tensor] | None = None,
+    ) -> None:
         """Write a checkpoint of the weights, the optimizer, the weights that the phase began with and the progress beside the others, then
         rename it into place. Everything random follows from the config's seed and the progress."""
         self.progress.seconds = parallel.on_main(lambda: time.perf_counter() - self._start)
         existing = parallel.on_main(self._checkpoints)
         number = int(existing[-1].name) + 1 if existing else 0
-        temporary, target = self.path / "checkpoints" / "tmp", self.path / "checkpoints" / f"{number:06d}"
+        temporary, target = (
+            self.path / "checkpoints" / "tmp",
+            self.path / "checkpoints" / f"{number:06d}",
+        )
         state = _named("policy", policy.state_dict()) | _named("theta_i", theta_i or {})
         state |= _named("optimizer", _optimizer_tensors(optimizer) if optimizer is not None else {})
         try:
             parallel.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
-            dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(temporary, save_distributed=True))
-            parts = parallel.gather(lambda: {f.name: _fingerprint(f) for f in sorted(temporary.iterdir())[_every_nth()]})
-            parallel.on_main(lambda: self._complete(temporary, target, {name: f for part in parts for name, f in part.items()}))
+            dcp.save(
+                state, storage_writer=dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
+            )
+            parts = parallel.gather(
+                lambda: {f.name: _fingerprint(f) for f in sorted(temporary.iterdir())[_every_nth()]}
+            )
+            parallel.on_main(
+                lambda: self._complete(
+                    temporary, target, {name: f for part in parts for name, f in part.items()}
+                )
+            )
         except (OSError, CheckpointException) as error:  # a full disk, say
             parallel.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
             kept = f"{self.checkpoint} is whole" if self.checkpoint else "there is none yet"
-            problem = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-            raise OSError(f"checkpoint {target} could not be written: {problem}; of the earlier ones {kept}") from error
-        parallel.on_main(lambda: [shutil.rmtree(old) for old in existing[: len(existing) + 1 - MAX_CHECKPOINTS]])
+            problem = (
+                next(iter(error.failures.values()))[0]
+                if isinstance(error, CheckpointException)
+                else error
+            )
+            raise OSError(
+                f"checkpoint {target} could not be written: {problem}; of the earlier ones {kept}"
+            ) from error
+        parallel.on_main(
+            lambda: [shutil.rmtree(old) for old in existing[: len(existing) + 1 - MAX_CHECKPOINTS]]
+        )
         self.checkpoint = target
 
     def _complete(self, temporary: Path, target: Path, files: dict[str, dict]) -> None:
         sizes = {str(f.relative_to(self.path)): f.stat().st_size for f in self._line_files()}
-        write_json(temporary / "state.json", {"progress": dataclasses.asdict(self.progress), "files": files, "sizes": sizes})
+        write_json(
+            temporary / "state.json",
+            {"progress": dataclasses.asdict(self.progress), "files": files, "sizes": sizes},
+        )
         os.replace(temporary, target)
 
     def load_policy(self, policy: nn.Module) -> None:
@@ -158,7 +197,11 @@ class RunDir:
     def load_theta(self, policy: nn.Module) -> dict[str, Tensor]:
         """The weights that the interrupted RL phase began with, sharded like the policy's; none where the phase has no use for them."""
         wanted = self._stored("theta_i")
-        state = {name: torch.empty_like(tensor) for name, tensor in policy.state_dict().items() if name in wanted}
+        state = {
+            name: torch.empty_like(tensor)
+            for name, tensor in policy.state_dict().items()
+            if name in wanted
+        }
         self._load("theta_i", state)
         return state
 
@@ -167,13 +210,19 @@ class RunDir:
         parameters, state = optimizer.param_groups[0]["params"], {}
         for name in self._stored("optimizer"):
             index, key = name.split(".")
-            state[name] = torch.zeros(()) if key == "step" else torch.empty_like(parameters[int(index)], requires_grad=False)
+            state[name] = (
+                torch.zeros(())
+                if key == "step"
+                else torch.empty_like(parameters[int(index)], requires_grad=False)
+            )
         self._load("optimizer", state)
         by_parameter: dict[int, dict[str, Tensor]] = {}
         for name, tensor in state.items():
             index, key = name.split(".")
             by_parameter.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({"state": by_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(
+            {"state": by_parameter, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
 
     def _stored(self, part: str) -> list[str]:
         """Names of the checkpoint's tensors of "policy", "theta_i" or "optimizer"."""
@@ -190,7 +239,9 @@ class RunDir:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{self.path}: another process is running in this directory. Choose another --run_dir, or wait") from None
+            raise ValueError(
+                f"{self.path}: another process is running in this directory. Choose another --run_dir, or wait"
+            ) from None
         return lock
 
     def _last_whole(self, checkpoints: list[Path]) -> tuple[Path, dict]:
@@ -198,16 +249,25 @@ class RunDir:
         damaged = []
         for checkpoint in reversed(checkpoints):
             try:
-                state = parallel.gather(lambda checkpoint=checkpoint: self._read_state(checkpoint))[0]
+                state = parallel.gather(lambda checkpoint=checkpoint: self._read_state(checkpoint))[
+                    0
+                ]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 damaged.append((checkpoint, f"{type(error).__name__}: {error}"))
                 continue
             for broken, problem in damaged:
                 print(f"{broken} is damaged ({problem}) and set aside; going on from {checkpoint}")
-            parallel.on_main(lambda: [os.replace(broken, broken.with_name(broken.name + ".damaged")) for broken, _ in damaged])
+            parallel.on_main(
+                lambda: [
+                    os.replace(broken, broken.with_name(broken.name + ".damaged"))
+                    for broken, _ in damaged
+                ]
+            )
             return checkpoint, state
         problems = "; ".join(f"{broken}: {problem}" for broken, problem in damaged)
-        raise ValueError(f"{self.path}: no checkpoint is whole ({problems}). Nothing was changed; to start anew choose another --run_dir")
+        raise ValueError(
+            f"{self.path}: no checkpoint is whole ({problems}). Nothing was changed; to start anew choose another --run_dir"
+        )
 
     def _read_state(self, checkpoint: Path) -> dict:
         """Its state.json. Raises ValueError (or what reading raises) when a file is not as the manifest says; of several processes each
@@ -222,7 +282,9 @@ class RunDir:
         for name, wanted in state["sizes"].items():
             size = (self.path / name).stat().st_size
             if size < wanted:
-                raise ValueError(f"{name} has {size} bytes, {wanted} were written before this checkpoint")
+                raise ValueError(
+                    f"{name} has {size} bytes, {wanted} were written before this checkpoint"
+                )
         return state
 
     def _checkpoints(self) -> list[Path]:
@@ -242,7 +304,10 @@ class RunDir:
 
 def _fingerprint(file: Path) -> dict:
     with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+        }
 
 
 def _every_nth() -> slice:
@@ -262,7 +327,9 @@ def write_json(path: Path, value) -> None:
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": tensor for index, entry in state.items() for key, tensor in entry.items()}
+    return {
+        f"{index}.{key}": tensor for index, entry in state.items() for key, tensor in entry.items()
+    }
 
 
 def describe_step(r: dict, num_steps: int) -> str:

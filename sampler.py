@@ -22,7 +22,10 @@ from tqdm import tqdm
 from model import KVCache, Transformer
 
 BLOCK = 128
-STRIDE = {"cpu": 1, "cuda": 8}  # tokens drawn before the processor looks at them: to look is to wait for a GPU
+STRIDE = {
+    "cpu": 1,
+    "cuda": 8,
+}  # tokens drawn before the processor looks at them: to look is to wait for a GPU
 
 
 @dataclass(slots=True)
@@ -48,7 +51,10 @@ class _Rows:
     logp_RT: Tensor
 
     def plus(self, new: "_Rows") -> "_Rows":
-        return _Rows(self.completions + new.completions, *(torch.cat(both) for both in zip(self.tensors, new.tensors, strict=True)))
+        return _Rows(
+            self.completions + new.completions,
+            *(torch.cat(both) for both in zip(self.tensors, new.tensors, strict=True)),
+        )
 
     def take(self, order: list[int]) -> "_Rows":
         return _Rows([self.completions[i] for i in order], *(x[order] for x in self.tensors))
@@ -58,9 +64,13 @@ class _Rows:
         return [self.start_R, self.num_R, self.uniform_RT, self.ids_RT, self.logp_RT]
 
 
-def sampled_log_softmax(logits_RV: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+def sampled_log_softmax(
+    logits_RV: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> Tensor:
     """Log-probs [R, V] of the distribution that is sampled; tokens cut by top-k or top-p (in this order) get -inf."""
-    logp_RV = torch.log_softmax(logits_RV.float() if temperature == 1.0 else logits_RV.float() / temperature, dim=-1)
+    logp_RV = torch.log_softmax(
+        logits_RV.float() if temperature == 1.0 else logits_RV.float() / temperature, dim=-1
+    )
     if top_k == 0 and top_p >= 1.0:
         return logp_RV
     sorted_RV, order_RV = logp_RV.sort(dim=-1, descending=True, stable=True)
@@ -68,7 +78,9 @@ def sampled_log_softmax(logits_RV: Tensor, temperature: float, top_p: float = 1.
         sorted_RV[:, top_k:] = -torch.inf
     if top_p < 1.0:
         prob_RV = sorted_RV.softmax(dim=-1)
-        sorted_RV = sorted_RV.masked_fill(prob_RV.cumsum(dim=-1) - prob_RV >= top_p, -torch.inf)  # the first token always stays
+        sorted_RV = sorted_RV.masked_fill(
+            prob_RV.cumsum(dim=-1) - prob_RV >= top_p, -torch.inf
+        )  # the first token always stays
     return torch.empty_like(logp_RV).scatter_(-1, order_RV, sorted_RV.log_softmax(dim=-1))
 
 
@@ -79,10 +91,14 @@ def draw(logp_RV: Tensor, uniform_R: Tensor) -> Tensor:
     """
     num_rows, num_blocks = len(logp_RV), math.ceil(logp_RV.shape[-1] / BLOCK)
     prob_RV, padding = logp_RV.exp(), num_blocks * BLOCK - logp_RV.shape[-1]
-    prob_RCV = (F.pad(prob_RV, (0, padding)) if padding else prob_RV).view(num_rows, num_blocks, BLOCK)
+    prob_RCV = (F.pad(prob_RV, (0, padding)) if padding else prob_RV).view(
+        num_rows, num_blocks, BLOCK
+    )
     cdf_RC = prob_RCV.sum(dim=-1).cumsum(dim=-1)
     point_R1 = _below(uniform_R[:, None].to(cdf_RC) * cdf_RC[:, -1:], cdf_RC[:, -1:])
-    block_R1 = torch.searchsorted(cdf_RC, point_R1, right=True).clamp(max=num_blocks - 1)  # NaN would be found behind the last
+    block_R1 = torch.searchsorted(cdf_RC, point_R1, right=True).clamp(
+        max=num_blocks - 1
+    )  # NaN would be found behind the last
     before_R1 = F.pad(cdf_RC, (1, 0)).gather(-1, block_R1)
     cdf_RV = prob_RCV[torch.arange(num_rows, device=logp_RV.device), block_R1[:, 0]].cumsum(dim=-1)
     token_R1 = torch.searchsorted(cdf_RV, _below(point_R1 - before_R1, cdf_RV[:, -1:]), right=True)
@@ -122,28 +138,54 @@ def sample(
     num_rows = min(max_rows, len(waiting))
     stride = STRIDE[device.type]
     num_slots = max(map(len, prompts), default=0)  # on a CPU more as they are needed
-    cache = KVCache(model, num_rows, num_slots + (max_new_tokens + stride - 1 if device.type == "cuda" else 0))
+    cache = KVCache(
+        model, num_rows, num_slots + (max_new_tokens + stride - 1 if device.type == "cuda" else 0)
+    )
     decode = _decoder(model, cache)
-    prefilled: dict[int, tuple[KVCache, int, Tensor]] = {}  # prompt -> its cache, row in it, next-token logits
+    prefilled: dict[
+        int, tuple[KVCache, int, Tensor]
+    ] = {}  # prompt -> its cache, row in it, next-token logits
     rows = _new_rows([], [], [], max_new_tokens + stride - 1, device)
-    stops, stride_S = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device), torch.arange(stride, device=device)
+    stops, stride_S = (
+        torch.tensor(sorted(stop_ids), dtype=torch.long, device=device),
+        torch.arange(stride, device=device),
+    )
     logits_RV = torch.empty(0, model.config.vocab_size, device=device)
-    bar = tqdm(total=len(waiting) * max_new_tokens, desc="sampling", unit="tok", leave=False, delay=5)
+    bar = tqdm(
+        total=len(waiting) * max_new_tokens, desc="sampling", unit="tok", leave=False, delay=5
+    )
     while rows.completions or waiting:
         # a prefill costs a forward pass, so wait until it admits a fair number of rows
         free = num_rows - len(rows.completions)
         if waiting and free >= min(len(waiting), max(1, num_rows // 8)):
             batch = [waiting.popleft() for _ in range(min(len(waiting), free))]
-            _prefill(model, prompts, [p for p in dict.fromkeys(p for p, _ in batch) if p not in prefilled], prefilled)
+            _prefill(
+                model,
+                prompts,
+                [p for p in dict.fromkeys(p for p, _ in batch) if p not in prefilled],
+                prefilled,
+            )
             _admit(cache, len(rows.completions), [prefilled[p] for p, _ in batch])
             logits_RV = torch.cat([logits_RV, torch.stack([prefilled[p][2] for p, _ in batch])])
             generators = [np.random.default_rng((seed, first_prompt + p, g)) for p, g in batch]
             starts = [len(prompts[p]) for p, _ in batch]
-            rows = rows.plus(_new_rows([results[p][g] for p, g in batch], starts, generators, max_new_tokens + stride - 1, device))
+            rows = rows.plus(
+                _new_rows(
+                    [results[p][g] for p, g in batch],
+                    starts,
+                    generators,
+                    max_new_tokens + stride - 1,
+                    device,
+                )
+            )
             for p in {p for p, _ in batch} - {p for p, _ in waiting}:
                 del prefilled[p]
         num_RS = rows.num_R[:, None] + stride_S
-        pos_RS, num_slots, drawn = rows.start_R[:, None] + num_RS, int((rows.start_R + rows.num_R).max()), []
+        pos_RS, num_slots, drawn = (
+            rows.start_R[:, None] + num_RS,
+            int((rows.start_R + rows.num_R).max()),
+            [],
+        )
         uniform_RS = rows.uniform_RT.gather(-1, num_RS)
         for t in range(stride):
             logp_RV = sampled_log_softmax(logits_RV, temperature, top_p, top_k)
@@ -171,7 +213,9 @@ def sample(
     return results
 
 
-def _check(model, prompts, num_samples, max_new_tokens, temperature, top_p, top_k, max_rows) -> None:
+def _check(
+    model, prompts, num_samples, max_new_tokens, temperature, top_p, top_k, max_rows
+) -> None:
     for name, value, good in (
         ("num_samples", num_samples, num_samples >= 1),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
@@ -184,20 +228,37 @@ def _check(model, prompts, num_samples, max_new_tokens, temperature, top_p, top_
             raise ValueError(f"sample: {name} = {value} is out of range")
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"sample: prompt {i} is empty; a completion needs at least one token to start from")
+            raise ValueError(
+                f"sample: prompt {i} is empty; a completion needs at least one token to start from"
+            )
         if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-            raise ValueError(f"sample: prompt {i} has ids outside the vocabulary 0..{model.config.vocab_size - 1}")
+            raise ValueError(
+                f"sample: prompt {i} has ids outside the vocabulary 0..{model.config.vocab_size - 1}"
+            )
 
 
-def _new_rows(completions: list[Completion], starts: list[int], generators: list[np.random.Generator], width: int, device) -> _Rows:
+def _new_rows(
+    completions: list[Completion],
+    starts: list[int],
+    generators: list[np.random.Generator],
+    width: int,
+    device,
+) -> _Rows:
     num = len(completions)
-    uniform_RT = torch.from_numpy(np.stack([g.random(width) for g in generators]) if generators else np.empty((0, width))).to(device)
-    ids_RT, logp_RT = torch.zeros(num, width, dtype=torch.long, device=device), torch.zeros(num, width, device=device)
+    uniform_RT = torch.from_numpy(
+        np.stack([g.random(width) for g in generators]) if generators else np.empty((0, width))
+    ).to(device)
+    ids_RT, logp_RT = (
+        torch.zeros(num, width, dtype=torch.long, device=device),
+        torch.zeros(num, width, device=device),
+    )
     start_R = torch.tensor(starts, dtype=torch.long, device=device)
     return _Rows(completions, start_R, torch.zeros_like(start_R), uniform_RT, ids_RT, logp_RT)
 
 
-def _prefill(model: Transformer, prompts: list[list[int]], chosen: list[int], prefilled: dict) -> None:
+def _prefill(
+    model: Transformer, prompts: list[list[int]], chosen: list[int], prefilled: dict
+) -> None:
     """Run the chosen prompts, right-padded, through the model once and remember their caches and next-token logits."""
     if not chosen:
         return
@@ -223,14 +284,22 @@ def _admit(cache: KVCache, first_row: int, sources: list[tuple[KVCache, int, Ten
         cache.copy_rows(targets, source, source_rows)
 
 
-def _decode(model: Transformer, cache: KVCache, id_R: Tensor, pos_R: Tensor, num_slots: int) -> Tensor:
+def _decode(
+    model: Transformer, cache: KVCache, id_R: Tensor, pos_R: Tensor, num_slots: int
+) -> Tensor:
     """Next-token logits [R, V] of rows that get one more token each, at positions below num_slots."""
-    return model.logits(model.hidden(id_R[:, None], pos_R[:, None], cache.at(pos_R[:, None], num_slots))[:, 0])
+    return model.logits(
+        model.hidden(id_R[:, None], pos_R[:, None], cache.at(pos_R[:, None], num_slots))[:, 0]
+    )
 
 
 def _decoder(model: Transformer, cache: KVCache) -> Callable[[Tensor, Tensor, int], Tensor]:
     """_decode for this model and cache; with compute.compile on a GPU, as CUDA graphs."""
-    return _Graphs(model, cache) if model.compiled and cache.v[0].is_cuda else partial(_decode, model, cache)
+    return (
+        _Graphs(model, cache)
+        if model.compiled and cache.v[0].is_cuda
+        else partial(_decode, model, cache)
+    )
 
 
 class _Graphs:
@@ -240,16 +309,33 @@ class _Graphs:
     they write lies in rows that nobody has, and is overwritten when one is admitted. capture = False decodes the same without graphs.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, capture: bool = True, row_bucket: int = 16, slot_bucket: int = 256):
-        self.model, self.cache, self.capture, self.row_bucket, self.slot_bucket = model, cache, capture, row_bucket, slot_bucket
-        self.graphs: dict[tuple[int, int], tuple[Tensor, Callable[[], Tensor]]] = {}  # rows, slots -> ids and positions [2, rows], replay
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        capture: bool = True,
+        row_bucket: int = 16,
+        slot_bucket: int = 256,
+    ):
+        self.model, self.cache, self.capture, self.row_bucket, self.slot_bucket = (
+            model,
+            cache,
+            capture,
+            row_bucket,
+            slot_bucket,
+        )
+        self.graphs: dict[
+            tuple[int, int], tuple[Tensor, Callable[[], Tensor]]
+        ] = {}  # rows, slots -> ids and positions [2, rows], replay
         self.pool = torch.cuda.graph_pool_handle() if capture else None
 
     def __call__(self, id_R: Tensor, pos_R: Tensor, num_slots: int) -> Tensor:
         most_rows, _, most_slots, _ = self.cache.v[0].shape
         rows = min(math.ceil(len(id_R) / self.row_bucket) * self.row_bucket, most_rows)
         slots = min(math.ceil(num_slots / self.slot_bucket) * self.slot_bucket, most_slots)
-        inputs_2R, replay = self.graphs.get((rows, slots), (torch.empty(2, rows, dtype=torch.long, device=id_R.device), None))
+        inputs_2R, replay = self.graphs.get(
+            (rows, slots), (torch.empty(2, rows, dtype=torch.long, device=id_R.device), None)
+        )
         inputs_2R.zero_()[:, : len(id_R)] = torch.stack([id_R, pos_R])
         if replay is None:
             replay = self._capture(inputs_2R, slots)
@@ -275,7 +361,9 @@ def _finish(rows: _Rows, live: list[bool], stop_ids: set[int], max_new_tokens: i
     """Fill in the completions of the rows that ended; returns how many tokens they were short of the longest."""
     ended = [i for i, alive in enumerate(live) if not alive]
     nums = rows.num_R[ended].tolist()
-    for i, num, ids, logps in zip(ended, nums, rows.ids_RT[ended].tolist(), rows.logp_RT[ended].tolist(), strict=True):
+    for i, num, ids, logps in zip(
+        ended, nums, rows.ids_RT[ended].tolist(), rows.logp_RT[ended].tolist(), strict=True
+    ):
         completion = rows.completions[i]
         completion.ids, completion.logps = ids[:num], logps[:num]
         completion.finished = completion.ids[-1] in stop_ids

@@ -3,7 +3,9 @@
 import re
 from fractions import Fraction
 
-Unit = tuple[tuple[tuple[str, int], ...], Fraction]  # powers of base units, sorted by name, and the factor to them
+Unit = tuple[
+    tuple[tuple[str, int], ...], Fraction
+]  # powers of base units, sorted by name, and the factor to them
 
 _METRE, _GRAM, _SECOND = (("m", 1),), (("g", 1),), (("s", 1),)
 _VOLUME, _SPEED = (("m", 3),), (("m", 1), ("s", -1))
@@ -57,7 +59,12 @@ _PART = r"(\d+(?:\.\d+)?)(?:[\s~]|\\[ ,;])*([A-Za-z]{1,7}|''|['\"°])\.?"
 _PARTS = re.compile(_PART)
 _COMPOUND = re.compile(rf"(-?){_PART}(?:(?:,|[\s~]|\\[ ,;]|and\b)*{_PART})+")
 _MARKS = {"'": "ft", "''": "in", '"': "in"}
-_ANGLE_MARKS = {"°": Fraction(1), "'": Fraction(1, 60), "''": Fraction(1, 3600), '"': Fraction(1, 3600)}
+_ANGLE_MARKS = {
+    "°": Fraction(1),
+    "'": Fraction(1, 60),
+    "''": Fraction(1, 3600),
+    '"': Fraction(1, 3600),
+}
 _MARK_SIGNS = str.maketrans("′’″”", "''\"\"")
 _DEGREE_SIGN = re.compile(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*")
 
@@ -78,9 +85,15 @@ def compound(text: str) -> tuple[Fraction, Unit] | None:
             names = ["min" if name == "m" else name for name in names]  # 2h 30m
         units = [unit_of(name) for name in names]
     factors = [factor for _, factor in units]
-    if len(units) < len(parts) or len({powers for powers, _ in units}) > 1 or factors != sorted(set(factors), reverse=True):
+    if (
+        len(units) < len(parts)
+        or len({powers for powers, _ in units}) > 1
+        or factors != sorted(set(factors), reverse=True)
+    ):
         return None
-    value = sum(Fraction(number) * factor for (number, _), factor in zip(parts, factors, strict=True))
+    value = sum(
+        Fraction(number) * factor for (number, _), factor in zip(parts, factors, strict=True)
+    )
     return (-value if whole[1] else value) / factors[0], units[0]
 
 
@@ -88,8 +101,23 @@ _SMALL = {
     "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11,
     "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16, "seventeen": 17, "eighteen": 18, "nineteen": 19,
 }  # fmt: skip
-_TENS = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_TENS = {
+    "twenty": 20,
+    "thirty": 30,
+    "forty": 40,
+    "fifty": 50,
+    "sixty": 60,
+    "seventy": 70,
+    "eighty": 80,
+    "ninety": 90,
+}
+SCALES = {
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
 _FRACTIONS = {
     "half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10,
 }  # fmt: skip
@@ -128,7 +156,9 @@ def _value_of(words: list[str]) -> Fraction | None:
 def _whole_number(words: list[str]) -> Fraction | None:
     total, group, last = 0, 0, ""  # last: the kind of the word before
     for word in words:
-        if word in _SMALL and (last in ("", "scale", "and") or last == "tens" and 0 < _SMALL[word] < 10):
+        if word in _SMALL and (
+            last in ("", "scale", "and") or last == "tens" and 0 < _SMALL[word] < 10
+        ):
             group, last = group + _SMALL[word], "small"
         elif word in _TENS and last in ("", "scale", "and"):
             group, last = group + _TENS[word], "tens"

@@ -39,17 +39,27 @@ def verify(problem, response: str, timeout_s: float = 5.0) -> Verdict:
     return verify_many([problem], [response], timeout_s)[0]
 
 
-def verify_many(problems: Sequence, responses: Sequence[str], timeout_s: float = 5.0, num_workers: int = MAX_WORKERS) -> list[Verdict]:
+def verify_many(
+    problems: Sequence,
+    responses: Sequence[str],
+    timeout_s: float = 5.0,
+    num_workers: int = MAX_WORKERS,
+) -> list[Verdict]:
     """One verdict for each (problem, response), in order.
 
     What the bounded code here decides (all of Countdown, nearly all of mathematics: well below a millisecond each) is decided in this
     process; sympy and the scorers of reasoning-gym run in up to num_workers worker processes at once, timeout_s for each.
     """
-    verdicts = [_verify_here(problem, response) for problem, response in zip(problems, responses, strict=True)]
+    verdicts = [
+        _verify_here(problem, response)
+        for problem, response in zip(problems, responses, strict=True)
+    ]
     undecided = [i for i, verdict in enumerate(verdicts) if verdict.reason == "undecided"]
     if undecided:
         with ThreadPoolExecutor(max(1, min(num_workers, len(undecided)))) as pool:
-            reasons = pool.map(lambda i: _verify_in_worker(problems[i], verdicts[i].answer, timeout_s), undecided)
+            reasons = pool.map(
+                lambda i: _verify_in_worker(problems[i], verdicts[i].answer, timeout_s), undecided
+            )
             for i, reason in zip(undecided, reasons, strict=True):
                 verdicts[i] = Verdict(reason == "correct", reason, verdicts[i].answer)
     return verdicts
@@ -61,7 +71,9 @@ def _verify_here(problem, response: str) -> Verdict:
     if problem.kind == "gym":
         return Verdict(False, "undecided" if response.strip() else "no_answer", response)
     if problem.kind != "math":
-        raise ValueError(f"problem {problem.id!r}: kind {problem.kind!r} has no verifier; expected 'countdown', 'math' or 'gym'")
+        raise ValueError(
+            f"problem {problem.id!r}: kind {problem.kind!r} has no verifier; expected 'countdown', 'math' or 'gym'"
+        )
     answer = extract_answer(response)
     if answer is None:
         return Verdict(False, "no_answer")
@@ -74,8 +86,12 @@ def _verify_in_worker(problem, answer: str, timeout_s: float) -> str:
         return ask_worker("compare", [problem.answer, answer], timeout_s) or "timeout"
     # what is marked as the answer, or else the whole response, or else its final answer in words
     marked = extract_tagged(answer) or extract_boxed(answer)
-    candidates = [marked] if marked else dict.fromkeys([answer.strip(), extract_answer(answer) or ""])
-    score = ask_worker("score", [problem.task, *problem.entry, list(candidates)], timeout_s, start_s=GYM_START_S)
+    candidates = (
+        [marked] if marked else dict.fromkeys([answer.strip(), extract_answer(answer) or ""])
+    )
+    score = ask_worker(
+        "score", [problem.task, *problem.entry, list(candidates)], timeout_s, start_s=GYM_START_S
+    )
     return "timeout" if score is None else "correct" if score == 1.0 else "wrong"
 
 
@@ -85,7 +101,9 @@ MAX_SENTENCE = 1000
 TAIL_CHARS = 4000  # of the response in which formulas and numbers without a marker are looked for
 _BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\[{}\\]|[{}]")
 _CUT_OFF_BOX = re.compile(r"\\boxed\s*\{(?!\s*\})")
-_BOX_JOINER = re.compile(r"[\s$.\\()\[\]]*(?:,|;|\\text\s*\{|\\quad|and\b|or\b|\\ |[\s}$])*(?<=[,;\s$}dr])[\s$\\()\[\]]*")
+_BOX_JOINER = re.compile(
+    r"[\s$.\\()\[\]]*(?:,|;|\\text\s*\{|\\quad|and\b|or\b|\\ |[\s}$])*(?<=[,;\s$}dr])[\s$\\()\[\]]*"
+)
 _PERCENT_BEHIND = re.compile(r"\s*(?:\$|\\\)|\\\])?\s*(?:\\?%|percent\b|pct\b)")
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
 _PHRASE = re.compile(
@@ -100,7 +118,9 @@ _IS_THE_ANSWER = re.compile(
 _CHOICE = re.compile(r"\b(?:option|choice|choose|select|pick)\s+\(?([A-J])\b(?!')")
 _ONLY_CHOICE = re.compile(r"[\s*(\\$]*([A-J])[\s*).\\$]*")
 _END_OF_TEXT = re.compile(r"(?:\s*(?:<\|\w{1,20}\|>|</s>))+\s*$")
-_AFTERTHOUGHT = re.compile(r"(?:,?\s+(?:which|where|because|since|so|when|if|as)\b|\s+\([^()$\\]*[a-z]{3,}\s[^()$\\]*\)$)")
+_AFTERTHOUGHT = re.compile(
+    r"(?:,?\s+(?:which|where|because|since|so|when|if|as)\b|\s+\([^()$\\]*[a-z]{3,}\s[^()$\\]*\)$)"
+)
 _FORMULA_JOINER = re.compile(r"\s*(?:,|;|,?\s*and|,?\s*or)\s*")
 _VERB = re.compile(r"\s(?:is|are|equals)\s+")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\*|$)|\n")
@@ -128,7 +148,12 @@ def extract_answer(text: str) -> str | None:
     found = _HASHES.match(text, hashes) if hashes >= 0 else None
     if found:
         return found[1].strip().strip("*").strip() or None
-    return _behind_phrase(text) or _before_phrase(text[-TAIL_CHARS:]) or _last_formula(text[-TAIL_CHARS:]) or _chosen(text[-TAIL_CHARS:])
+    return (
+        _behind_phrase(text)
+        or _before_phrase(text[-TAIL_CHARS:])
+        or _last_formula(text[-TAIL_CHARS:])
+        or _chosen(text[-TAIL_CHARS:])
+    )
 
 
 def extract_tagged(text: str) -> str | None:
@@ -155,11 +180,17 @@ def extract_boxed(text: str) -> str | None:
     contents = [text[boxes[-1][1] : boxes[-1][2]].strip()]
     for before, after in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
         between = text[before[2] + 1 : after[0]]
-        if len(between) > 40 or not re.search(r"[,;]|\band\b|\bor\b", between) or not _BOX_JOINER.fullmatch(between):
+        if (
+            len(between) > 40
+            or not re.search(r"[,;]|\band\b|\bor\b", between)
+            or not _BOX_JOINER.fullmatch(between)
+        ):
             break
         contents.append(text[before[1] : before[2]].strip())
     percent = "\\%" if len(contents) == 1 and _PERCENT_BEHIND.match(text, boxes[-1][2] + 1) else ""
-    return ", ".join(dict.fromkeys(reversed(contents))) + (percent if "%" not in contents[0] else "")
+    return ", ".join(dict.fromkeys(reversed(contents))) + (
+        percent if "%" not in contents[0] else ""
+    )
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
@@ -210,14 +241,25 @@ def _chosen(text: str) -> str | None:
 
 def _without_prose(sentence: str) -> str:
     """Of "the largest n is 34" the 34, of "$x$ where $x=5$" the first formula; formulas joined by "and" stay together."""
-    sentence = _AFTERTHOUGHT.split(sentence, maxsplit=1)[0] if not sentence.startswith(("where", "if", "when")) else sentence
+    sentence = (
+        _AFTERTHOUGHT.split(sentence, maxsplit=1)[0]
+        if not sentence.startswith(("where", "if", "when"))
+        else sentence
+    )
     formulas = _formulas(sentence)
     outside = sentence
     for _, start, end in reversed(formulas):
         outside = outside[:start] + outside[end:]
-    if formulas and not re.fullmatch(r"[\s,;.$]*(?:(?:and|or)[\s,;.$]*)*(?:\\?%|[A-Za-z]{1,12}\s?[\^\d]*|percent|pct)?[\s,.]*", outside):
+    if formulas and not re.fullmatch(
+        r"[\s,;.$]*(?:(?:and|or)[\s,;.$]*)*(?:\\?%|[A-Za-z]{1,12}\s?[\^\d]*|percent|pct)?[\s,.]*",
+        outside,
+    ):
         values = _VERB.split(sentence)[1:]
-        return _without_prose(values[-1]) if values and not sentence.startswith(("$", "\\(")) else _groups(sentence)[0][0]
+        return (
+            _without_prose(values[-1])
+            if values and not sentence.startswith(("$", "\\("))
+            else _groups(sentence)[0][0]
+        )
     if formulas:
         return sentence
     subject, *values = _VERB.split(sentence)
@@ -254,7 +296,9 @@ def _groups(text: str) -> list[tuple[str, int]]:
 
 def _formulas(text: str) -> list[tuple[str, int, int]]:
     """(content, start, end) of what stands between maths delimiters. A dollar sign before an amount of money is none."""
-    found = [(max(m.groups(""), key=len).strip(), m.start(), m.end()) for m in _DISPLAY.finditer(text)]
+    found = [
+        (max(m.groups(""), key=len).strip(), m.start(), m.end()) for m in _DISPLAY.finditer(text)
+    ]
     dollars = [m.start() for m in _DOLLAR.finditer(text)]
     i = 0
     while i + 1 < len(dollars):
@@ -272,18 +316,30 @@ def _formulas(text: str) -> list[tuple[str, int, int]]:
 # ---- mathematics ----
 
 
-def verify_math(response: str, gold: str, timeout_s: float = 5.0, *, tolerance: float = 0.0) -> Verdict:
+def verify_math(
+    response: str, gold: str, timeout_s: float = 5.0, *, tolerance: float = 0.0
+) -> Verdict:
     """Does the response's final answer equal gold, or differ from it by an absolute tolerance at most?"""
     answer = extract_answer(response)
-    return Verdict(False, "no_answer") if answer is None else answers_match(gold, answer, timeout_s, tolerance=tolerance)
+    return (
+        Verdict(False, "no_answer")
+        if answer is None
+        else answers_match(gold, answer, timeout_s, tolerance=tolerance)
+    )
 
 
 def _compare(gold: str, answer: str, tolerance: float = 0.0) -> str:
     gold, answer = extract_boxed(gold) or gold, extract_boxed(answer) or answer
-    return "correct" if tolerance and equality.within(gold, answer, tolerance) else equality.compare(gold, answer)
+    return (
+        "correct"
+        if tolerance and equality.within(gold, answer, tolerance)
+        else equality.compare(gold, answer)
+    )
 
 
-def answers_match(gold: str, answer: str, timeout_s: float = 5.0, *, tolerance: float = 0.0) -> Verdict:
+def answers_match(
+    gold: str, answer: str, timeout_s: float = 5.0, *, tolerance: float = 0.0
+) -> Verdict:
     """Is the answer equal to gold? In this order: the same tree; exact numbers; structure (tuple, set, interval, list, matrix, equation,
     inequality, units); equal numbers at random points; sympy, for integrals and infinite series, in a worker that is killed at timeout_s.
     Before all that, a number within an absolute tolerance of gold, if there is one. An unparsable gold is never a reward."""
@@ -311,7 +367,9 @@ _LEAD_IN = re.compile(r".*(?::|\banswer is\b|\bexpression is\b|<answer>)[*\s]*(?
 _INLINE_MATH = re.compile(r"\\\(([^$\n]*?)\\\)|\$([^$\n]+)\$")
 _COUNTDOWN_TOKEN = re.compile(r"\d+(?:\.\d+)?|\\[dt]?frac|\n|[^ \t\r]")
 _COUNTDOWN_SIGNS = str.maketrans("×✕⋅·∙÷−–xX{}[]", "*****/--**()()")
-_COUNTDOWN_LATEX = re.compile(r"\\(?:left|right|displaystyle|[()\[\],;:!]|text\s*\{\s*\})|\\(?=[{}])")
+_COUNTDOWN_LATEX = re.compile(
+    r"\\(?:left|right|displaystyle|[()\[\],;:!]|text\s*\{\s*\})|\\(?=[{}])"
+)
 _COUNTDOWN_OPERATORS = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\\\", "\n"))
 
 
@@ -457,7 +515,11 @@ class _Derivation:
         if other == 0:
             self.valid = False
             return 0
-        return Fraction(value) / other if isinstance(value, Fraction) or isinstance(other, Fraction) or value % other else value // other
+        return (
+            Fraction(value) / other
+            if isinstance(value, Fraction) or isinstance(other, Fraction) or value % other
+            else value // other
+        )
 
 
 # ---- worker processes: what sympy must decide, and reasoning-gym ----
@@ -470,9 +532,13 @@ class _Worker:
 
     def __init__(self):
         command = [sys.executable, os.path.abspath(__file__), "--worker"]
-        environment = os.environ | {"PYTHONHASHSEED": "0"}  # some tasks of reasoning-gym depend on the order of sets
+        environment = os.environ | {
+            "PYTHONHASHSEED": "0"
+        }  # some tasks of reasoning-gym depend on the order of sets
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0, env=environment
+        )
         self.owner = os.getpid()
         self.ready = False
         self.warm: set[str] = set()  # functions that it has answered
@@ -519,7 +585,9 @@ def ask_worker(function: str, arguments: list, timeout_s: float, start_s: float 
             _idle.pop()
         worker = _idle.pop() if _idle else _Worker()
     try:
-        line = worker.ask(function, arguments, timeout_s + (0.0 if function in worker.warm else start_s))
+        line = worker.ask(
+            function, arguments, timeout_s + (0.0 if function in worker.warm else start_s)
+        )
     except (EOFError, BrokenPipeError):  # out of memory, or killed from outside
         worker.kill()
         return None
@@ -566,7 +634,9 @@ def _serve() -> None:
         if function == "compare":
             try:
                 answer = _compare(*arguments)
-            except Exception:  # sympy raises anything; the verdict is then that equality was not shown
+            except (
+                Exception
+            ):  # sympy raises anything; the verdict is then that equality was not shown
                 answer = "wrong"
         else:
             from data import gym
@@ -603,14 +673,25 @@ def _to_sympy(node: tuple):
         name, variable, low, high, body = rest
         symbol = sympy.Symbol(variable)
         bounds = symbol if low is None else (symbol, _to_sympy(low), _to_sympy(high))
-        return {"sum": sympy.Sum, "prod": sympy.Product, "int": sympy.Integral}[name](_to_sympy(body), bounds)
+        return {"sum": sympy.Sum, "prod": sympy.Product, "int": sympy.Integral}[name](
+            _to_sympy(body), bounds
+        )
     if kind == "fn":
         name, arguments = rest[0], [_to_sympy(n) for n in rest[1]]
         if name == "root":
             return sympy.root(arguments[0], arguments[1])
         names = {"ln": "log", "abs": "Abs", "ceil": "ceiling", "binom": "binomial"}
-        return getattr(sympy, names.get(name, name))(*arguments) if name in _SYMPY_FUNCTIONS else _refuse(name)
-    operations = {"inv": lambda x: 1 / x, "neg": lambda x: -x, "pow": lambda x, y: x**y, "pct": lambda x: x / 100}
+        return (
+            getattr(sympy, names.get(name, name))(*arguments)
+            if name in _SYMPY_FUNCTIONS
+            else _refuse(name)
+        )
+    operations = {
+        "inv": lambda x: 1 / x,
+        "neg": lambda x: -x,
+        "pow": lambda x, y: x**y,
+        "pct": lambda x: x / 100,
+    }
     return operations[kind](*map(_to_sympy, rest)) if kind in operations else _refuse(kind)
 
 

@@ -18,15 +18,29 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def options(description: str) -> argparse.ArgumentParser:
     """The options that every measurement has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--prompt-tokens", type=int, default=50)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--lengths", choices=("fixed", "spread"), default="fixed", help="spread: responses end early, at all lengths")
+    parser.add_argument(
+        "--lengths",
+        choices=("fixed", "spread"),
+        default="fixed",
+        help="spread: responses end early, at all lengths",
+    )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--allocator", choices=("kept", "default"), default="kept", help="kept: as rloop.py sets it, for the peer too")
-    parser.add_argument("--compile", action="store_true", help="compile our blocks (compute.compile)")
+    parser.add_argument(
+        "--allocator",
+        choices=("kept", "default"),
+        default="kept",
+        help="kept: as rloop.py sets it, for the peer too",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile our blocks (compute.compile)"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     return parser
 
@@ -46,7 +60,9 @@ def sampler_of(args: argparse.Namespace) -> Transformer:
 def flags(args: argparse.Namespace) -> list[str]:
     """The shared options as a command line again, for a process of its own."""
     names = ("model", "dtype", "prompt_tokens", "new_tokens", "lengths", "threads", "allocator")
-    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))] + ["--compile"] * args.compile
+    return [
+        part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))
+    ] + ["--compile"] * args.compile
 
 
 def setting(args: argparse.Namespace) -> str:
@@ -78,7 +94,9 @@ def bandwidth(num_bytes: int = 2**29) -> float:
 
 def peak_memory(module: str, arguments: list[str]) -> int:
     """Peak resident bytes of `python -m module arguments`, which prints them last."""
-    output = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True
+    ).stdout
     return int(output.split()[-1])
 
 
@@ -93,7 +111,10 @@ def report(title: str, rates: dict[str, float], unit: str, **facts) -> None:
     ours, *peers = rates
     print(title)
     for name, rate in rates.items():
-        print(f"  {name:<24} {rate:10.1f} {unit}" + (f"   ours is {rates[ours] / rate:.2f} times as fast" if name in peers else ""))
+        print(
+            f"  {name:<24} {rate:10.1f} {unit}"
+            + (f"   ours is {rates[ours] / rate:.2f} times as fast" if name in peers else "")
+        )
     for name, value in facts.items():
         print(f"  {name:<24} {value}")
     print(json.dumps({"title": title, "unit": unit, "rates": rates} | facts))

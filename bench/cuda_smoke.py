@@ -32,16 +32,33 @@ BF16_MEAN, BF16_MAX = 0.03, 0.5  # nat; 0.015 and 0.2 on a CPU
 def draw(model: Transformer) -> list[Group]:
     """The same prompts and random numbers on every device."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, model.config.vocab_size, size=6 + 3 * n).tolist() for n in range(NUM_PROMPTS)]
-    options = {"num_samples": NUM_SAMPLES, "max_new_tokens": NEW_TOKENS, "stop_ids": {0}, "seed": 0, "max_rows": 24}
+    prompts = [
+        rng.integers(3, model.config.vocab_size, size=6 + 3 * n).tolist()
+        for n in range(NUM_PROMPTS)
+    ]
+    options = {
+        "num_samples": NUM_SAMPLES,
+        "max_new_tokens": NEW_TOKENS,
+        "stop_ids": {0},
+        "seed": 0,
+        "max_rows": 24,
+    }
     groups = sample(model, prompts, **options)
     return [(prompt, [c.ids for c in group]) for prompt, group in zip(prompts, groups, strict=True)]
 
 
-def logprobs(model: Transformer, groups: list[Group], dtype: torch.dtype = torch.float32, gradient: bool = False) -> Tensor:
+def logprobs(
+    model: Transformer,
+    groups: list[Group],
+    dtype: torch.dtype = torch.float32,
+    gradient: bool = False,
+) -> Tensor:
     """Of all response tokens, on the CPU; with the gradient of their mean left in the weights."""
     device, parts = model.head_weight.device, {}
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), torch.set_grad_enabled(gradient):
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
+        torch.set_grad_enabled(gradient),
+    ):
         for batch, members in micro_batches(groups, 512, device=device):
             logp, _ = token_logprobs(model, batch)
             if gradient:
@@ -56,20 +73,38 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def equal_responses(a: list[Group], b: list[Group]) -> float:
-    pairs = [x == y for (_, xs), (_, ys) in zip(a, b, strict=True) for x, y in zip(xs, ys, strict=True)]
+    pairs = [
+        x == y for (_, xs), (_, ys) in zip(a, b, strict=True) for x, y in zip(xs, ys, strict=True)
+    ]
     return sum(pairs) / len(pairs)
 
 
 def gradient_difference(a: Transformer, b: Transformer) -> float:
-    pairs = [(x.grad.cpu(), y.grad.cpu()) for x, y in zip(a.parameters(), b.parameters(), strict=True)]
-    return math.sqrt(sum(float((x - y).square().sum()) for x, y in pairs) / sum(float(y.square().sum()) for _, y in pairs))
+    pairs = [
+        (x.grad.cpu(), y.grad.cpu()) for x, y in zip(a.parameters(), b.parameters(), strict=True)
+    ]
+    return math.sqrt(
+        sum(float((x - y).square().sum()) for x, y in pairs)
+        / sum(float(y.square().sum()) for _, y in pairs)
+    )
 
 
 def rl_step(device: torch.device) -> float:
     """rloop.main for one RL step of the Countdown config; the gradient's norm."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        arguments = ["--config", "configs/countdown.toml", "--method", "rl", "--iterations", "1", "--rl.steps", "1", "--run_dir", str(run)]
+        arguments = [
+            "--config",
+            "configs/countdown.toml",
+            "--method",
+            "rl",
+            "--iterations",
+            "1",
+            "--rl.steps",
+            "1",
+            "--run_dir",
+            str(run),
+        ]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if rloop.main([*arguments, "--data.eval_size", "8"]) != 0:
@@ -88,12 +123,18 @@ def check(name: str, function: Callable[[], dict[str, tuple[float, bool]]]) -> b
         print(f"FAIL  {name}: {type(error).__name__}: {error}", flush=True)
         return False
     good = all(ok for _, ok in figures.values())
-    print(f"{'PASS' if good else 'FAIL'}  {name}: " + ", ".join(f"{key} {value:.3g}" for key, (value, _) in figures.items()), flush=True)
+    print(
+        f"{'PASS' if good else 'FAIL'}  {name}: "
+        + ", ".join(f"{key} {value:.3g}" for key, (value, _) in figures.items()),
+        flush=True,
+    )
     return good
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="data/countdown_base")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
@@ -101,15 +142,25 @@ def main() -> int:
         print("no CUDA device here: nothing was checked")
         return 2
     device = torch.device(args.device)
-    there, here = Transformer.from_pretrained(args.model, device=args.device), Transformer.from_pretrained(args.model)
+    there, here = (
+        Transformer.from_pretrained(args.model, device=args.device),
+        Transformer.from_pretrained(args.model),
+    )
     groups = draw(here)
 
     def parity() -> dict[str, tuple[float, bool]]:
-        ids_BT = torch.tensor([(prompt + responses[0] + [0] * 64)[:16] for prompt, responses in groups])
+        ids_BT = torch.tensor(
+            [(prompt + responses[0] + [0] * 64)[:16] for prompt, responses in groups]
+        )
         logits = difference(there(ids_BT.to(device)), here(ids_BT))
-        logp = difference(logprobs(there, groups, gradient=True), logprobs(here, groups, gradient=True))
+        logp = difference(
+            logprobs(there, groups, gradient=True), logprobs(here, groups, gradient=True)
+        )
         gradient = gradient_difference(there, here)
-        return {name: (x, x < CLOSE) for name, x in (("logits", logits), ("log-probs", logp), ("gradients", gradient))}
+        return {
+            name: (x, x < CLOSE)
+            for name, x in (("logits", logits), ("log-probs", logp), ("gradients", gradient))
+        }
 
     def same_samples() -> dict[str, tuple[float, bool]]:
         share = equal_responses(draw(there), groups)
@@ -118,7 +169,10 @@ def main() -> int:
     def compiled() -> dict[str, tuple[float, bool]]:
         eager_logp, eager_groups = logprobs(there, groups), draw(there)
         model = Transformer.from_pretrained(args.model, device=args.device).compile_blocks()
-        logp, share = difference(logprobs(model, groups, gradient=True), eager_logp), equal_responses(draw(model), eager_groups)
+        logp, share = (
+            difference(logprobs(model, groups, gradient=True), eager_logp),
+            equal_responses(draw(model), eager_groups),
+        )
         return {"log-probs": (logp, logp < CLOSE), "equal share of samples": (share, share >= SAME)}
 
     def bf16_gap() -> dict[str, tuple[float, bool]]:
@@ -133,7 +187,9 @@ def main() -> int:
         norm = rl_step(device)
         return {"gradient norm": (norm, math.isfinite(norm) and norm > 0)}
 
-    print(f"{args.model} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}, torch {torch.__version__}")
+    print(
+        f"{args.model} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}, torch {torch.__version__}"
+    )
     results = [
         check("float32 equals the CPU's", parity),
         check("float32 draws the CPU's samples", same_samples),

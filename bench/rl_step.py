@@ -26,7 +26,10 @@ PROMPTS = 8
 
 def questions() -> list[str]:
     """About 54 tokens each in SmolLM2's chat template."""
-    return [f"What is {37 + 11 * i} plus {58 + 7 * i}? Think step by step and end with the sum in \\boxed{{}}." for i in range(PROMPTS)]
+    return [
+        f"What is {37 + 11 * i} plus {58 + 7 * i}? Think step by step and end with the sum in \\boxed{{}}."
+        for i in range(PROMPTS)
+    ]
 
 
 def build_ours(args, scratch: str):
@@ -36,15 +39,30 @@ def build_ours(args, scratch: str):
         *("--sampling.max_new_tokens", str(args.new_tokens), "--compute.max_rows", str(8 * PROMPTS)),
         *("--compute.compile", str(args.compile).lower(), "--compute.micro_batch_tokens", str(args.groups * (64 + 8 * args.new_tokens))),
     ])  # fmt: skip
-    run, tokenizer, policy = RunDir(cfg), Tokenizer(cfg.model.path, chat=True), rloop.load_policy(cfg)
+    run, tokenizer, policy = (
+        RunDir(cfg),
+        Tokenizer(cfg.model.path, chat=True),
+        rloop.load_policy(cfg),
+    )
     tokenizer.stop_ids = set()
     optimizer = rloop.new_optimizer(policy, cfg)
-    problems = [Problem(id=str(i), prompt=q, answer="1", kind="math") for i, q in enumerate(questions())]
+    problems = [
+        Problem(id=str(i), prompt=q, answer="1", kind="math") for i, q in enumerate(questions())
+    ]
     steps = iter(range(10**6))
 
     def step() -> None:
         step = next(steps)
-        groups, _ = rloop.respond(policy, tokenizer, problems, cfg, seed=step, place=(0, step), num_samples=8, temperature=1.0)
+        groups, _ = rloop.respond(
+            policy,
+            tokenizer,
+            problems,
+            cfg,
+            seed=step,
+            place=(0, step),
+            num_samples=8,
+            temperature=1.0,
+        )
         for trajectory in (t for group in groups for t in group):
             trajectory.reward = float(len(trajectory.response) % 2)
         rloop.update(policy, optimizer, None, groups, run)
@@ -54,7 +72,9 @@ def build_ours(args, scratch: str):
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--groups", type=int, default=2, help="groups of 8 in a micro-batch, ours and TRL's")
+    parser.add_argument(
+        "--groups", type=int, default=2, help="groups of 8 in a micro-batch, ours and TRL's"
+    )
     args = parser.parse_args()
     set_up(args)
     from datasets import Dataset
@@ -83,17 +103,28 @@ def main() -> None:
             report_to="none", save_strategy="no", gradient_checkpointing=False,
         )  # fmt: skip
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa"),
-            reward_funcs=lambda completions, **_: [float(len(c[0]["content"]) % 2) for c in completions],
+            model=AutoModelForCausalLM.from_pretrained(
+                args.model, dtype=torch.float32, attn_implementation="sdpa"
+            ),
+            reward_funcs=lambda completions, **_: [
+                float(len(c[0]["content"]) % 2) for c in completions
+            ],
             args=settings,
-            train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in questions()]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": [{"role": "user", "content": q}]} for q in questions()]
+            ),
             processing_class=AutoTokenizer.from_pretrained(args.model),
             callbacks=[Alternate()],
         )
         trainer.train()
     rates = {name: 3600 / statistics.median(values[1:]) for name, values in seconds.items()}
     work = f"{PROMPTS} x 8 x {args.new_tokens} tokens, {args.groups} groups a micro-batch, {setting(args)}"
-    report(f"RL step {args.model}, {work}", rates, "steps/h", median_s={n: round(3600 / r, 2) for n, r in rates.items()})
+    report(
+        f"RL step {args.model}, {work}",
+        rates,
+        "steps/h",
+        median_s={n: round(3600 / r, 2) for n, r in rates.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,17 @@ python -m bench.sampling --model models/SmolLM2-135M-Instruct --dtype bf16 --row
 
 import torch
 
-from bench.common import DTYPES, alternate, bandwidth, matmul_peak, options, report, sampler_of, set_up, setting
+from bench.common import (
+    DTYPES,
+    alternate,
+    bandwidth,
+    matmul_peak,
+    options,
+    report,
+    sampler_of,
+    set_up,
+    setting,
+)
 from model import Transformer
 from sampler import sample
 
@@ -19,16 +29,26 @@ def main() -> None:
 
     dtype = DTYPES[args.dtype]
     ours = sampler_of(args)
-    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=dtype, attn_implementation="sdpa"
+    ).eval()
     vocabulary = ours.config.vocab_size
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, vocabulary - 1, (args.rows // 8, args.prompt_tokens), generator=generator)
+    prompts = torch.randint(
+        3, vocabulary - 1, (args.rows // 8, args.prompt_tokens), generator=generator
+    )
     stop_ids = stopping_ids(ours, prompts) if args.lengths == "spread" else set()
     seeds = iter(range(10**6))
 
     def run_ours() -> float:
         groups = sample(
-            ours, prompts.tolist(), num_samples=8, max_new_tokens=args.new_tokens, stop_ids=stop_ids, seed=next(seeds), max_rows=args.rows
+            ours,
+            prompts.tolist(),
+            num_samples=8,
+            max_new_tokens=args.new_tokens,
+            stop_ids=stop_ids,
+            seed=next(seeds),
+            max_rows=args.rows,
         )
         return float(sum(len(c.ids) for group in groups for c in group))
 
@@ -46,7 +66,9 @@ def main() -> None:
     rates = alternate({"ours": run_ours, "transformers.generate": run_theirs}, args.rounds)
     c = ours.config
     matrices = sum(
-        w.numel() for name, w in ours.named_parameters() if w.dim() == 2 and (name != "model.embed_tokens.weight" or c.tie_embeddings)
+        w.numel()
+        for name, w in ours.named_parameters()
+        if w.dim() == 2 and (name != "model.embed_tokens.weight" or c.tie_embeddings)
     )
     slots = args.prompt_tokens + args.new_tokens / 2
     flop = 2 * matrices + 4 * slots * c.num_heads * c.head_dim * c.num_layers
@@ -63,11 +85,22 @@ def main() -> None:
 
 def stopping_ids(model: Transformer, prompts: torch.Tensor, spacing: int = 40) -> set[int]:
     """Every 40th id by frequency, so that about one token in 40 ends a response, whatever it is about: lengths spread geometrically."""
-    groups = sample(model, prompts.tolist(), num_samples=8, max_new_tokens=64, stop_ids=set(), seed=1, max_rows=64)
+    groups = sample(
+        model,
+        prompts.tolist(),
+        num_samples=8,
+        max_new_tokens=64,
+        stop_ids=set(),
+        seed=1,
+        max_rows=64,
+    )
     ids = torch.tensor([token for group in groups for c in group for token in c.ids])
     counts = torch.bincount(ids, minlength=model.config.vocab_size)
     order = counts.argsort(descending=True, stable=True)
-    first = min(range(spacing), key=lambda start: abs(int(counts[order[start::spacing]].sum()) * spacing - len(ids)))
+    first = min(
+        range(spacing),
+        key=lambda start: abs(int(counts[order[start::spacing]].sum()) * spacing - len(ids)),
+    )
     return set(order[first::spacing].tolist())
 
 

@@ -20,14 +20,22 @@ LENGTHS = [(32, length) for length in (64, 128, 256, 512, 1024)]
 def measure(args) -> dict[str, float]:
     model = sampler_of(args)
     prompts = torch.randint(
-        3, model.config.vocab_size - 1, (args.rows // 8, args.prompt_tokens), generator=torch.Generator().manual_seed(0)
+        3,
+        model.config.vocab_size - 1,
+        (args.rows // 8, args.prompt_tokens),
+        generator=torch.Generator().manual_seed(0),
     )
     options = {"num_samples": 8, "stop_ids": set(), "seed": 0, "max_rows": args.rows}
     sample(model, prompts.tolist(), max_new_tokens=4, **options)
     start = time.perf_counter()
     sample(model, prompts.tolist(), max_new_tokens=args.new_tokens, **options)
     rate = args.rows * args.new_tokens / (time.perf_counter() - start)
-    return {"rows": args.rows, "new_tokens": args.new_tokens, "tok_s": round(rate, 1), "peak_gb": round(own_peak() / 1e9, 3)}
+    return {
+        "rows": args.rows,
+        "new_tokens": args.new_tokens,
+        "tok_s": round(rate, 1),
+        "peak_gb": round(own_peak() / 1e9, 3),
+    }
 
 
 def plot(points: list[dict[str, float]], file: str) -> None:
@@ -36,13 +44,17 @@ def plot(points: list[dict[str, float]], file: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 5.5), layout="constrained", sharex="col", sharey="row")
+    figure, axes = pyplot.subplots(
+        2, 2, figsize=(9, 5.5), layout="constrained", sharex="col", sharey="row"
+    )
     halves = (
         (points[: len(ROWS)], "rows", "rows decoded at once, 64 tokens each"),
         (points[len(ROWS) :], "new_tokens", "tokens of a response, 32 rows"),
     )
     for column, (half, x, label) in enumerate(halves):
-        for row, (y, name) in enumerate((("tok_s", "tokens a second"), ("peak_gb", "peak memory, GB"))):
+        for row, (y, name) in enumerate(
+            (("tok_s", "tokens a second"), ("peak_gb", "peak memory, GB"))
+        ):
             ax = axes[row, column]
             ax.plot([p[x] for p in half], [p[y] for p in half], marker="o")
             ax.set_xscale("log", base=2)
@@ -69,7 +81,12 @@ def main() -> None:
     for rows, length in ROWS + LENGTHS:
         args.new_tokens = length
         point = [*flags(args), "--rows", str(rows)]
-        output = subprocess.run([sys.executable, "-m", "bench.scaling", *point], capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(
+            [sys.executable, "-m", "bench.scaling", *point],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         points.append(json.loads(output.splitlines()[-1]))
         print(points[-1], flush=True)
     plot(points, args.out)

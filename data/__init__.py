@@ -29,7 +29,14 @@ class Problem:
     context: tuple[tuple[str, str], ...] = ()  # (role, content) of the messages before the question
 
 
-def load_problems(source: str, *, size: int = 0, seed: int = 0, countdown_numbers: int = 3, countdown_max: int = 20) -> list[Problem]:
+def load_problems(
+    source: str,
+    *,
+    size: int = 0,
+    seed: int = 0,
+    countdown_numbers: int = 3,
+    countdown_max: int = 20,
+) -> list[Problem]:
     """Problems of a source, the same for the same arguments, each question once (what is left out is printed).
 
     source: "countdown:train", "countdown:heldout", "countdown:search" (generated); "reasoning_gym:TASK" or "reasoning_gym:TASK:heldout"
@@ -41,7 +48,11 @@ def load_problems(source: str, *, size: int = 0, seed: int = 0, countdown_number
     """
     if source.startswith("countdown:"):
         games = countdown.generate_games(
-            source.removeprefix("countdown:"), size=size, seed=seed, num_numbers=countdown_numbers, max_number=countdown_max
+            source.removeprefix("countdown:"),
+            size=size,
+            seed=seed,
+            num_numbers=countdown_numbers,
+            max_number=countdown_max,
         )
         return [_countdown_problem(numbers, target) for numbers, target in games]
     if source.startswith("reasoning_gym:"):
@@ -59,18 +70,36 @@ def load_problems(source: str, *, size: int = 0, seed: int = 0, countdown_number
         key = question_key(problem)
         first = problems.setdefault(key, problem)
         if ids.setdefault(first.id, key) != key:
-            raise ValueError(f"{where}: id {first.id!r} stands in the file twice, for different questions")
-        if first.answer != problem.answer and not answers_match(first.answer, problem.answer).correct:
+            raise ValueError(
+                f"{where}: id {first.id!r} stands in the file twice, for different questions"
+            )
+        if (
+            first.answer != problem.answer
+            and not answers_match(first.answer, problem.answer).correct
+        ):
             contradicted[key] = where
     if unreadable:
-        shown = "".join(f"\n  {error}" for error in unreadable[:MAX_SHOWN]) + ("\n  ..." if len(unreadable) > MAX_SHOWN else "")
-        raise ValueError(f"{source}: {len(unreadable)} of {num_records} records are to be mended or removed:{shown}")
+        shown = "".join(f"\n  {error}" for error in unreadable[:MAX_SHOWN]) + (
+            "\n  ..." if len(unreadable) > MAX_SHOWN else ""
+        )
+        raise ValueError(
+            f"{source}: {len(unreadable)} of {num_records} records are to be mended or removed:{shown}"
+        )
     if num_records > len(problems):
-        print(f"{source}: {num_records} records, {len(problems)} different questions; the repetitions are left out")
+        print(
+            f"{source}: {num_records} records, {len(problems)} different questions; the repetitions are left out"
+        )
     if contradicted:
         first_place = next(iter(contradicted.values()))
-        print(f"{source}: {len(contradicted)} questions are left out whose answers contradict each other, first at {first_place}")
-    return _subset([problem for key, problem in problems.items() if key not in contradicted], size, seed, source)
+        print(
+            f"{source}: {len(contradicted)} questions are left out whose answers contradict each other, first at {first_place}"
+        )
+    return _subset(
+        [problem for key, problem in problems.items() if key not in contradicted],
+        size,
+        seed,
+        source,
+    )
 
 
 def question_key(problem: Problem) -> str:
@@ -80,7 +109,9 @@ def question_key(problem: Problem) -> str:
     return "".join(problem.prompt.split())
 
 
-def check_overlap(train: list[Problem], heldout: list[Problem], train_source: str, heldout_source: str) -> None:
+def check_overlap(
+    train: list[Problem], heldout: list[Problem], train_source: str, heldout_source: str
+) -> None:
     """Raises ValueError when a held-out question is among the training questions."""
     trained = {question_key(problem): problem.id for problem in train}
     shared = [problem for problem in heldout if question_key(problem) in trained]
@@ -92,16 +123,28 @@ def check_overlap(train: list[Problem], heldout: list[Problem], train_source: st
 
 
 def load_demonstrations(
-    source: str, *, size: int = 0, seed: int = 0, countdown_numbers: int = 3, countdown_max: int = 20
+    source: str,
+    *,
+    size: int = 0,
+    seed: int = 0,
+    countdown_numbers: int = 3,
+    countdown_max: int = 20,
 ) -> list[tuple[str, str]]:
     """(question, response) pairs to imitate: "countdown:skills", "countdown:habit" (generated), or a .jsonl file of {problem, response}."""
     if source.startswith("countdown:"):
         demos = countdown.generate_demonstrations(
-            source.removeprefix("countdown:"), size=size, seed=seed, num_numbers=countdown_numbers, max_number=countdown_max
+            source.removeprefix("countdown:"),
+            size=size,
+            seed=seed,
+            num_numbers=countdown_numbers,
+            max_number=countdown_max,
         )
-        return [(countdown.question(numbers, target), response) for numbers, target, response in demos]
+        return [
+            (countdown.question(numbers, target), response) for numbers, target, response in demos
+        ]
     pairs = [
-        (files.question(record, where)[0], files.text_of(record, ("response",), where)) for record, where in files.read_records(source)
+        (files.question(record, where)[0], files.text_of(record, ("response",), where))
+        for record, where in files.read_records(source)
     ]
     return _subset(pairs, size, seed, source)
 
@@ -121,15 +164,28 @@ def _gym_problems(source: str, size: int, seed: int) -> list[Problem]:
     name, _, options = source.removeprefix("reasoning_gym:").partition("?")
     name, _, split = name.partition(":")
     if split not in ("", "heldout"):
-        raise ValueError(f"data source {source!r}: expected reasoning_gym:TASK or reasoning_gym:TASK:heldout, and then ?option=value")
+        raise ValueError(
+            f"data source {source!r}: expected reasoning_gym:TASK or reasoning_gym:TASK:heldout, and then ?option=value"
+        )
     task = f"{name}?{options}" if options else name
     if size < 1:
-        raise ValueError(f"data source {source!r}: its problems are generated, so their number must be given (got {size})")
+        raise ValueError(
+            f"data source {source!r}: its problems are generated, so their number must be given (got {size})"
+        )
     entries = ask_worker("entries", [task, size, seed, split or "train"], GYM_GENERATION_S)
     if entries is None:
-        raise ValueError(f"data source {source!r}: {size} entries were not generated within {GYM_GENERATION_S:.0f} s")
+        raise ValueError(
+            f"data source {source!r}: {size} entries were not generated within {GYM_GENERATION_S:.0f} s"
+        )
     return [
-        Problem(id=f"{name}:{seed}:{index}", prompt=question, answer=answer, kind="gym", task=task, entry=(seed, index))
+        Problem(
+            id=f"{name}:{seed}:{index}",
+            prompt=question,
+            answer=answer,
+            kind="gym",
+            task=task,
+            entry=(seed, index),
+        )
         for index, question, answer in entries
     ]
 
@@ -140,11 +196,17 @@ def _problem(record: dict, where: str) -> Problem:
             return _countdown_problem(tuple(map(int, record["nums"])), int(record["target"]))
         except (TypeError, ValueError):
             shown = f"nums = {record['nums']!r}, target = {record['target']!r}"
-            raise ValueError(f"{where}: expected a list of integers and an integer, got {shown}") from None
+            raise ValueError(
+                f"{where}: expected a list of integers and an integer, got {shown}"
+            ) from None
     prompt, context = files.question(record, where)
     answer, tolerance = files.gold_answer(record, where)
-    id_ = next((record[name] for name in files.ID_FIELDS if record.get(name) is not None), Path(where).name)
-    return Problem(id=str(id_), prompt=prompt, context=context, answer=answer, tolerance=tolerance, kind="math")
+    id_ = next(
+        (record[name] for name in files.ID_FIELDS if record.get(name) is not None), Path(where).name
+    )
+    return Problem(
+        id=str(id_), prompt=prompt, context=context, answer=answer, tolerance=tolerance, kind="math"
+    )
 
 
 def _subset(items: list, size: int, seed: int, source: str) -> list:

@@ -12,8 +12,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 MAX_VALUE = 99  # of targets and intermediate results: every number up to it is one token
 OPERATORS = ("+", "-", "*")
-BUCKETS = {"heldout": (0, 1), "search": (2, 3), "train": (4, 5, 6), "demonstrations": (7, 8, 9)}  # tenths of all sets of numbers
-MAX_MISSES = 5_000  # random derivations in a row without a new game, after which a split counts as exhausted
+BUCKETS = {
+    "heldout": (0, 1),
+    "search": (2, 3),
+    "train": (4, 5, 6),
+    "demonstrations": (7, 8, 9),
+}  # tenths of all sets of numbers
+MAX_MISSES = (
+    5_000  # random derivations in a row without a new game, after which a split counts as exhausted
+)
 
 # What makes the embedded base policy like an LLM before RL. It first learns the skills, then a habit on top of them: (ours)
 # share of demonstrations whose target is another game's, share of derivations that combine the first two numbers first
@@ -33,7 +40,9 @@ def split_of(numbers: tuple[int, ...]) -> str:
     return next(split for split, buckets in BUCKETS.items() if bucket in buckets)
 
 
-def random_derivation(numbers: tuple[int, ...], rng: np.random.Generator, in_order: bool = False) -> tuple[str, int] | None:
+def random_derivation(
+    numbers: tuple[int, ...], rng: np.random.Generator, in_order: bool = False
+) -> tuple[str, int] | None:
     """Combine two random numbers of the board (in_order: its first two) until one is left; returns (steps, value), or None when a result
     leaves 0..MAX_VALUE."""
     board, steps = list(numbers), []
@@ -49,7 +58,9 @@ def random_derivation(numbers: tuple[int, ...], rng: np.random.Generator, in_ord
     return ", ".join(steps), board[0]
 
 
-def _derivations(split: str, seed: int, num_numbers: int, max_number: int, in_order_share: float = 0.0) -> Iterator[tuple]:
+def _derivations(
+    split: str, seed: int, num_numbers: int, max_number: int, in_order_share: float = 0.0
+) -> Iterator[tuple]:
     """Endless random (numbers, target, steps) of a split."""
     rng = np.random.default_rng((seed, *split.encode()))
     while True:
@@ -61,17 +72,25 @@ def _derivations(split: str, seed: int, num_numbers: int, max_number: int, in_or
             yield numbers, derivation[1], derivation[0]
 
 
-def generate_games(split: str, *, size: int, seed: int, num_numbers: int, max_number: int) -> list[Game]:
+def generate_games(
+    split: str, *, size: int, seed: int, num_numbers: int, max_number: int
+) -> list[Game]:
     """size different solvable games of a split, drawn by seed. Games that plain addition solves are left out: they need no search.
 
     Raises ValueError when the split holds too few.
     """
     if split not in BUCKETS:
-        raise ValueError(f"data source 'countdown:{split}': unknown split; expected one of {', '.join(BUCKETS)}")
+        raise ValueError(
+            f"data source 'countdown:{split}': unknown split; expected one of {', '.join(BUCKETS)}"
+        )
     if size < 1:
-        raise ValueError(f"data source 'countdown:{split}': its problems are generated, so their number must be given (got {size})")
+        raise ValueError(
+            f"data source 'countdown:{split}': its problems are generated, so their number must be given (got {size})"
+        )
     if not (2 <= num_numbers <= 8 and 1 <= max_number <= MAX_VALUE):
-        raise ValueError(f"countdown: {num_numbers} numbers up to {max_number}: expected 2..8 numbers up to at most {MAX_VALUE}")
+        raise ValueError(
+            f"countdown: {num_numbers} numbers up to {max_number}: expected 2..8 numbers up to at most {MAX_VALUE}"
+        )
     games: dict[tuple, Game] = {}
     misses = 0
     for numbers, target, _ in _derivations(split, seed, num_numbers, max_number):
@@ -93,7 +112,9 @@ def generate_demonstrations(
 ) -> list[tuple[tuple[int, ...], int, str]]:
     """size (numbers, target, steps) of a stage of STAGES. The arithmetic is right; a share of the targets is swapped among the games."""
     if stage not in STAGES:
-        raise ValueError(f"demonstrations 'countdown:{stage}': expected countdown:{' or countdown:'.join(STAGES)}")
+        raise ValueError(
+            f"demonstrations 'countdown:{stage}': expected countdown:{' or countdown:'.join(STAGES)}"
+        )
     wrong_target_share, in_order_share = STAGES[stage]
     source = _derivations("demonstrations", seed, num_numbers, max_number, in_order_share)
     demos = [next(source) for _ in range(size)]
@@ -102,13 +123,31 @@ def generate_demonstrations(
     targets = [target for _, target, _ in demos]
     for i, j in zip(wrong, rng.permutation(wrong), strict=True):
         targets[i] = demos[j][1]
-    return [(numbers, target, steps) for (numbers, _, steps), target in zip(demos, targets, strict=True)]
+    return [
+        (numbers, target, steps) for (numbers, _, steps), target in zip(demos, targets, strict=True)
+    ]
 
 
 def build_tokenizer() -> Tokenizer:
     """One token for each number 0..MAX_VALUE, sign and word of the game."""
-    words = ["<eos>", "make", "from", ":", ",", "=", "+", "-", "*", "/", "(", ")", *map(str, range(MAX_VALUE + 1))]
+    words = [
+        "<eos>",
+        "make",
+        "from",
+        ":",
+        ",",
+        "=",
+        "+",
+        "-",
+        "*",
+        "/",
+        "(",
+        ")",
+        *map(str, range(MAX_VALUE + 1)),
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
     return tokenizer

@@ -9,7 +9,14 @@ from pathlib import Path
 from verify import check_gold, extract_boxed
 
 QUESTION_FIELDS = ("problem", "question", "prompt", "Problem", "Question")
-ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "ground_truth", "reward_model.ground_truth", "Answer")
+ANSWER_FIELDS = (
+    "answer",
+    "final_answer",
+    "expected_answer",
+    "ground_truth",
+    "reward_model.ground_truth",
+    "Answer",
+)
 ID_FIELDS = ("id", "unique_id")
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -23,10 +30,17 @@ _DAPO_TAIL = re.compile(r'\s*Remember to put your answer on its own line after "
 def read_records(path: str) -> Iterator[tuple[dict, str]]:
     """Records of a file with their place, such as "data/x.jsonl:17". Raises ValueError that names file and place."""
     if not path.endswith(EXTENSIONS):
-        raise ValueError(f"data source {path!r}: expected countdown:SPLIT, reasoning_gym:TASK or a file ending in {', '.join(EXTENSIONS)}")
+        raise ValueError(
+            f"data source {path!r}: expected countdown:SPLIT, reasoning_gym:TASK or a file ending in {', '.join(EXTENSIONS)}"
+        )
     if not Path(path).is_file():
         raise ValueError(f"data source {path}: not found")
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
     record = None
     try:
         for record, where in readers[Path(path).suffix](path):
@@ -104,8 +118,14 @@ def question(record: dict, where: str) -> tuple[str, tuple[tuple[str, str], ...]
             messages = [(message["role"], message["content"]) for message in record[name]]
         except (TypeError, KeyError):
             messages = []
-        if not messages or messages[-1][0] != "user" or not all(isinstance(content, str) and content for _, content in messages):
-            raise ValueError(f"{where}: field {name!r}: expected messages of role and content, the last one the user's")
+        if (
+            not messages
+            or messages[-1][0] != "user"
+            or not all(isinstance(content, str) and content for _, content in messages)
+        ):
+            raise ValueError(
+                f"{where}: field {name!r}: expected messages of role and content, the last one the user's"
+            )
         text, context = messages[-1][1], tuple(messages[:-1])
     head = _DAPO_HEAD.match(text)
     return (_DAPO_TAIL.sub("", text[head.end() :]) if head else text), context
@@ -159,4 +179,6 @@ def text_of(record: dict, names: tuple[str, ...], where: str) -> str:
             return value
         if value not in (None, "", []) and not isinstance(value, str):
             raise ValueError(f"{where}: field {name!r}: expected text, got {str(value)[:60]!r}")
-    raise ValueError(f"{where}: has no {' / '.join(map(repr, names))}; its fields are {', '.join(map(repr, record)) or 'none'}")
+    raise ValueError(
+        f"{where}: has no {' / '.join(map(repr, names))}; its fields are {', '.join(map(repr, record)) or 'none'}"
+    )

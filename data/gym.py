@@ -28,7 +28,9 @@ def entries(task: str, size: int, seed: int, split: str) -> list[tuple[int, str,
             found.setdefault(question, (index, question, str(entry["answer"])))
             if len(found) == size:
                 return list(found.values())
-    raise ValueError(f"reasoning_gym:{task}: {len(found)} different {split} questions among {SIZE} entries, {size} wanted")
+    raise ValueError(
+        f"reasoning_gym:{task}: {len(found)} different {split} questions among {SIZE} entries, {size} wanted"
+    )
 
 
 def score(task: str, seed: int, index: int, answers: list[str]) -> float:
@@ -56,7 +58,10 @@ def _dataset(task: str, seed: int):
         raise ValueError("reasoning-gym is not installed: pip install reasoning-gym") from None
     name, _, query = task.partition("?")
     try:
-        options = {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))}
+        options = {
+            key: _value(text)
+            for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+        }
         return reasoning_gym.create_dataset(name, **({"size": SIZE} | options), seed=seed * SIZE)
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"reasoning_gym:{task}: {error}") from None
@@ -85,12 +90,16 @@ _CALL = re.compile(r"(\w+|\S)?\s*\(")  # and what stands before the parenthesis
 def is_plain(text: str) -> bool:
     """No attribute, no call but of a function of mathematics, and nothing from which either could be made."""
     callers = (found[1] or "(" for found in _CALL.finditer(text))
-    return not _ATTRIBUTE.search(text) and all(_MATHS.fullmatch(caller) or caller in "+-*/(,[=<>^|&~%" for caller in callers)
+    return not _ATTRIBUTE.search(text) and all(
+        _MATHS.fullmatch(caller) or caller in "+-*/(,[=<>^|&~%" for caller in callers
+    )
 
 
 def _guard(event: str, arguments: tuple) -> None:
     if event == "compile" and arguments[1] == "<string>" and not is_plain(_judged):
-        raise PermissionError("the scorer was going to evaluate an answer that is not plain arithmetic")
+        raise PermissionError(
+            "the scorer was going to evaluate an answer that is not plain arithmetic"
+        )
 
 
 sys.addaudithook(_guard)

@@ -11,7 +11,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 class Tokenizer:
@@ -38,15 +46,27 @@ class Tokenizer:
         self._chat_template, self._chat_file = _chat_template(path, config)
         self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        names = (t for t in self._special.values() if t not in added and self._tokenizer.token_to_id(t) is not None)
-        self._tokenizer.add_special_tokens([*names])  # else one that is a plain vocabulary entry would be cut up, and decoded
-        ids = [self._tokenizer.token_to_id(self._special["eos_token"])] if "eos_token" in self._special else []
+        names = (
+            t
+            for t in self._special.values()
+            if t not in added and self._tokenizer.token_to_id(t) is not None
+        )
+        self._tokenizer.add_special_tokens(
+            [*names]
+        )  # else one that is a plain vocabulary entry would be cut up, and decoded
+        ids = (
+            [self._tokenizer.token_to_id(self._special["eos_token"])]
+            if "eos_token" in self._special
+            else []
+        )
         for name in ("generation_config.json", "config.json"):
             value = _read_json(path / name).get("eos_token_id")
             ids += value if isinstance(value, list) else [value]
         ids = [i for i in ids if i is not None]
         if not ids:
-            raise ValueError(f"{path}: neither tokenizer_config.json, generation_config.json nor config.json names an EOS token")
+            raise ValueError(
+                f"{path}: neither tokenizer_config.json, generation_config.json nor config.json names an EOS token"
+            )
         ids = self._turn_end() + ids if chat else ids
         self.eos_id = ids[0]
         self.stop_ids = set(ids)
@@ -79,21 +99,39 @@ class Tokenizer:
     def _turn_end(self) -> list[int]:
         """The special token right behind an assistant's message, if there is one."""
         answer = "0123456789"
-        rendered = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+        rendered = self._render(
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}],
+            add_generation_prompt=False,
+        )
         behind = self.encode(rendered.rpartition(answer)[2].lstrip())[:1]
-        return [i for i in behind if self._tokenizer.get_added_tokens_decoder().get(i, AddedToken("")).special]
+        return [
+            i
+            for i in behind
+            if self._tokenizer.get_added_tokens_decoder().get(i, AddedToken("")).special
+        ]
 
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
         if self._chat_template is None:
-            raise ValueError(f"{self._chat_file}: no chat template; set data.chat_template = false and give a data.prompt")
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+            raise ValueError(
+                f"{self._chat_file}: no chat template; set data.chat_template = false and give a data.prompt"
+            )
+        messages = [
+            {key: value for key, value in message.items() if value is not None}
+            for message in messages
+        ]
         try:
             template = _compile(self._chat_template)
             return template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._special
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special,
             )
         except Exception as error:  # a template is a stranger's program
-            raise ValueError(f"{self._chat_file}: the chat template failed: {type(error).__name__}: {error}") from None
+            raise ValueError(
+                f"{self._chat_file}: the chat template failed: {type(error).__name__}: {error}"
+            ) from None
 
 
 class _Generation(Extension):
@@ -103,7 +141,9 @@ class _Generation(Extension):
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        return jinja2.nodes.Scope(
+            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+        )
 
 
 @functools.lru_cache
@@ -113,12 +153,25 @@ def _compile(source: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:  # jinja's own escapes HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def tojson(
+        value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+    ) -> str:  # jinja's own escapes HTML
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
     env.filters["tojson"] = tojson
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+    env.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+    }
     return env.from_string(source)
 
 
@@ -138,7 +191,11 @@ def _special_tokens(path: Path, config: dict) -> dict[str, str]:
     if "added_tokens_decoder" not in config:
         config = config | _read_json(path / "special_tokens_map.json")
     tokens = {name: config.get(name) for name in SPECIAL_TOKENS}
-    return {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token is not None}
+    return {
+        name: token["content"] if isinstance(token, dict) else token
+        for name, token in tokens.items()
+        if token is not None
+    }
 
 
 def _read_json(file: Path) -> dict:

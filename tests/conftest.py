@@ -34,7 +34,29 @@ def countdown_toml() -> Path:
 
 
 SMALL_RUN = [
-    *("--rl.steps", "3", "--iterations", "2", "--rl.problems_per_step", "4", "--rl.samples_per_problem", "8", "--data.train_size", "16"),
-    *("--data.eval_size", "8", "--eval.num_samples", "4", "--eval.every", "2", "--rft.epochs", "2", "--rft.batch_size", "8"),
+    *(
+        "--rl.steps",
+        "3",
+        "--iterations",
+        "2",
+        "--rl.problems_per_step",
+        "4",
+        "--rl.samples_per_problem",
+        "8",
+        "--data.train_size",
+        "16",
+    ),
+    *(
+        "--data.eval_size",
+        "8",
+        "--eval.num_samples",
+        "4",
+        "--eval.every",
+        "2",
+        "--rft.epochs",
+        "2",
+        "--rft.batch_size",
+        "8",
+    ),
     *("--save_every", "1", "--rft.save_every", "2"),
 ]

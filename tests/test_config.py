@@ -15,9 +15,27 @@ from config import config_dict, differing_keys, load_config
 def test_overrides_are_typed(countdown_toml):
     """Fault: an override stays a string, or changes something else."""
     cfg = load_config(
-        countdown_toml, ["--rl.lr", "1e-6", "--method", "rl", "--seed", "7", "--rl.normalize_std", "false", "--run_dir", "123"]
+        countdown_toml,
+        [
+            "--rl.lr",
+            "1e-6",
+            "--method",
+            "rl",
+            "--seed",
+            "7",
+            "--rl.normalize_std",
+            "false",
+            "--run_dir",
+            "123",
+        ],
     )
-    assert (cfg.rl.lr, cfg.method, cfg.seed, cfg.rl.normalize_std, cfg.run_dir) == (1e-6, "rl", 7, False, "123")
+    assert (cfg.rl.lr, cfg.method, cfg.seed, cfg.rl.normalize_std, cfg.run_dir) == (
+        1e-6,
+        "rl",
+        7,
+        False,
+        "123",
+    )
     changed = differing_keys(config_dict(load_config(countdown_toml)), config_dict(cfg))
     assert changed == ["method", "seed", "run_dir", "rl.lr", "rl.normalize_std"]
 
@@ -50,7 +68,10 @@ def test_integer_for_a_float_is_fine(countdown_toml):
         (["--sampling.temperature", "0"], "sampling.temperature"),
         (["--seed", "-1"], "seed = -1"),
         (["--data.prompt", "hello"], "{problem}"),
-        (["--compute.dtype", "float16"], "compute.dtype = 'float16': expected one of 'float32', 'bfloat16'"),
+        (
+            ["--compute.dtype", "float16"],
+            "compute.dtype = 'float16': expected one of 'float32', 'bfloat16'",
+        ),
         (["--rl.importance_cap", "2"], "needs rl.recompute_logprobs = true"),
     ],
 )
@@ -92,7 +113,9 @@ def test_every_method_and_seed_has_its_run_directory(countdown_toml):
 
 def test_equals_sign_form(countdown_toml):
     """Fault: --key=value, which most programs take, is refused."""
-    cfg = load_config(countdown_toml, ["--rl.lr=1e-6", "--seed", "3", '--data.prompt="{problem} = "'])
+    cfg = load_config(
+        countdown_toml, ["--rl.lr=1e-6", "--seed", "3", '--data.prompt="{problem} = "']
+    )
     assert (cfg.rl.lr, cfg.seed, cfg.data.prompt) == (1e-6, 3, "{problem} = ")
 
 
@@ -108,13 +131,19 @@ def test_every_config_file_loads(path):
     cfg = load_config(ROOT / "configs" / path)
     assert config_dict(cfg) == json.loads(json.dumps(config_dict(cfg)))
     with (ROOT / "configs" / path).open("rb") as file:
-        assert set(differing_keys(tomllib.load(file), config_dict(cfg))) <= {"run_dir"}  # its placeholders are filled in
+        assert set(differing_keys(tomllib.load(file), config_dict(cfg))) <= {
+            "run_dir"
+        }  # its placeholders are filled in
 
 
 def test_every_field_is_read_somewhere():
     """Fault: a dead option."""
     source = "".join((ROOT / name).read_text() for name in ("rloop.py", "rundir.py", "plan.py"))
     for section in dataclasses.fields(config.Config):
-        names = [f.name for f in dataclasses.fields(section.type)] if dataclasses.is_dataclass(section.type) else [section.name]
+        names = (
+            [f.name for f in dataclasses.fields(section.type)]
+            if dataclasses.is_dataclass(section.type)
+            else [section.name]
+        )
         for name in names:
             assert re.search(rf"\.{name}\b", source), f"{section.name}.{name} is read by nobody"

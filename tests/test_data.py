@@ -33,9 +33,15 @@ def reachable(numbers: tuple) -> set[Fraction]:
 
 def test_games_are_solvable_and_need_search():
     """Fault: a game without a solution, or one that plain addition solves."""
-    for problem in load_problems("countdown:train", size=150, seed=3) + load_problems("countdown:heldout", size=50, countdown_numbers=4):
-        assert problem.target in reachable(problem.numbers) and problem.target != sum(problem.numbers)
-        assert 1 <= problem.target <= 99 and problem.prompt == countdown.question(problem.numbers, problem.target)
+    for problem in load_problems("countdown:train", size=150, seed=3) + load_problems(
+        "countdown:heldout", size=50, countdown_numbers=4
+    ):
+        assert problem.target in reachable(problem.numbers) and problem.target != sum(
+            problem.numbers
+        )
+        assert 1 <= problem.target <= 99 and problem.prompt == countdown.question(
+            problem.numbers, problem.target
+        )
 
 
 def test_splits_share_no_numbers_for_any_seed():
@@ -46,7 +52,9 @@ def test_splits_share_no_numbers_for_any_seed():
         for split in SPLITS
     }  # fmt: skip
     for stage in countdown.STAGES:
-        demos = countdown.generate_demonstrations(stage, size=2000, seed=0, num_numbers=3, max_number=20)
+        demos = countdown.generate_demonstrations(
+            stage, size=2000, seed=0, num_numbers=3, max_number=20
+        )
         numbers["demonstrations"] |= {tuple(sorted(n)) for n, _, _ in demos}
     for a, b in itertools.combinations(SPLITS, 2):
         assert not numbers[a] & numbers[b]
@@ -55,18 +63,30 @@ def test_splits_share_no_numbers_for_any_seed():
 def test_games_are_unique_and_seeded():
     """Fault: the same game twice (with its numbers in another order), or games that change from run to run."""
     problems = load_problems("countdown:train", size=400, seed=1)
-    assert len({(tuple(sorted(p.numbers)), p.target) for p in problems}) == len({p.id for p in problems}) == 400
-    assert problems == load_problems("countdown:train", size=400, seed=1) != load_problems("countdown:train", size=400, seed=2)
+    assert (
+        len({(tuple(sorted(p.numbers)), p.target) for p in problems})
+        == len({p.id for p in problems})
+        == 400
+    )
+    assert (
+        problems
+        == load_problems("countdown:train", size=400, seed=1)
+        != load_problems("countdown:train", size=400, seed=2)
+    )
     assert [p.id for p in load_problems("countdown:heldout", size=3)] == HELDOUT
 
 
 HELDOUT = ["countdown:2,15,13->43", "countdown:7,11,15->88", "countdown:3,5,18->49"]
 
 
-@pytest.mark.parametrize(("stage", "wrong_targets", "in_order"), [("skills", 0.3, 1 / 3), ("habit", 1.0, 0.9 + 0.1 / 3)])
+@pytest.mark.parametrize(
+    ("stage", "wrong_targets", "in_order"), [("skills", 0.3, 1 / 3), ("habit", 1.0, 0.9 + 0.1 / 3)]
+)
 def test_demonstrations_have_right_arithmetic(stage, wrong_targets, in_order):
     """Fault: the base policy is taught wrong arithmetic, or the shares of wrong targets and of the habit are not what they say."""
-    demos = countdown.generate_demonstrations(stage, size=4000, seed=0, num_numbers=3, max_number=20)
+    demos = countdown.generate_demonstrations(
+        stage, size=4000, seed=0, num_numbers=3, max_number=20
+    )
     wrong, first_two = 0, 0
     for numbers, target, steps in demos:
         board = list(numbers)
@@ -74,7 +94,11 @@ def test_demonstrations_have_right_arithmetic(stage, wrong_targets, in_order):
             a, operator, b, value = re.fullmatch(r"(\d+) ([-+*]) (\d+) = (\d+)", step).groups()
             first_two += len(board) == 3 and sorted(board[:2]) == sorted((int(a), int(b)))
             board.remove(int(a)), board.remove(int(b))
-            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[operator] == int(value) <= 99
+            assert (
+                {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[operator]
+                == int(value)
+                <= 99
+            )
             board.append(int(value))
         assert len(board) == 1
         wrong += board[0] != target
@@ -84,7 +108,9 @@ def test_demonstrations_have_right_arithmetic(stage, wrong_targets, in_order):
 def test_tokenizer_file_is_what_the_code_builds(tmp_path):
     """Fault: tokenizer.json and its builder drift apart, or the model's vocabulary does not fit."""
     countdown.build_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads((BASE / "tokenizer.json").read_text())
+    assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads(
+        (BASE / "tokenizer.json").read_text()
+    )
     config = json.loads((BASE / "config.json").read_text())
     assert config["vocab_size"] == countdown.build_tokenizer().get_vocab_size()
 
@@ -94,7 +120,10 @@ def test_tokenizer_round_trip():
     tokenizer = Tokenizer(BASE)
     ids = tokenizer.encode("make 16 from 3 5 20:")
     assert len(ids) == 7 and tokenizer.stop_ids == {tokenizer.eos_id} == {0}
-    assert tokenizer.decode([*tokenizer.encode("3 + 5 = 8, 8 * (2 / 1) = 16"), 0]) == "3 + 5 = 8 , 8 * ( 2 / 1 ) = 16"
+    assert (
+        tokenizer.decode([*tokenizer.encode("3 + 5 = 8, 8 * (2 / 1) = 16"), 0])
+        == "3 + 5 = 8 , 8 * ( 2 / 1 ) = 16"
+    )
 
 
 def test_text_outside_the_vocabulary_is_an_error():
@@ -123,9 +152,15 @@ def test_checkpoint_without_eos_is_an_error(tmp_path):
 def test_jsonl_problems(tmp_path):
     """Fault: numeric answers or the question alias are refused, or blank lines count."""
     file = tmp_path / "p.jsonl"
-    file.write_text('{"problem": "1+1?", "answer": "2", "id": "a"}\n\n{"question": "2+2?", "answer": 4}\n', encoding="utf-8")
+    file.write_text(
+        '{"problem": "1+1?", "answer": "2", "id": "a"}\n\n{"question": "2+2?", "answer": 4}\n',
+        encoding="utf-8",
+    )
     problems = load_problems(str(file))
-    assert [(p.id, p.prompt, p.answer, p.kind) for p in problems] == [("a", "1+1?", "2", "math"), ("p.jsonl:3", "2+2?", "4", "math")]
+    assert [(p.id, p.prompt, p.answer, p.kind) for p in problems] == [
+        ("a", "1+1?", "2", "math"),
+        ("p.jsonl:3", "2+2?", "4", "math"),
+    ]
     assert len(load_problems(str(file), size=1, seed=5)) == 1
     with pytest.raises(ValueError, match="3 problems wanted, it holds 2"):
         load_problems(str(file), size=3)
@@ -134,7 +169,10 @@ def test_jsonl_problems(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"problem": "y", "answer": "2", "id": "a"}', "p.jsonl:2: id 'a' stands in the file twice"),
+        (
+            '{"problem": "y", "answer": "2", "id": "a"}',
+            "p.jsonl:2: id 'a' stands in the file twice",
+        ),
         ('{"problem": "x", "answer": "1"', "p.jsonl:2: not valid JSON"),
         ('["x"]', "p.jsonl:2: expected an object"),
         ('{"problem": "x"}', "p.jsonl:2: has no 'answer'"),
@@ -183,14 +221,20 @@ def test_every_public_format(tmp_path, record, question, answer):
     for file in ("p.jsonl", "p.json", "p.parquet"):
         (problem,) = load_problems(str(tmp_path / file))
         assert (problem.prompt, problem.answer, problem.kind) == (question, answer, "math")
-        assert verify(problem, rf"It is \boxed{{{answer}}}.").correct and not verify(problem, r"It is \boxed{77}.").correct
+        assert (
+            verify(problem, rf"It is \boxed{{{answer}}}.").correct
+            and not verify(problem, r"It is \boxed{77}.").correct
+        )
 
 
 def test_csv(tmp_path):
     """Fault: quoted commas and line breaks split a record, or a short line loses its answer silently."""
     file = tmp_path / "p.csv"
     file.write_text('question,answer\n"What is 1+1,\nplease?",2\n3+3?,6\n', encoding="utf-8")
-    assert [(p.prompt, p.answer) for p in load_problems(str(file))] == [("What is 1+1,\nplease?", "2"), ("3+3?", "6")]
+    assert [(p.prompt, p.answer) for p in load_problems(str(file))] == [
+        ("What is 1+1,\nplease?", "2"),
+        ("3+3?", "6"),
+    ]
     file.write_text("question,answer\n1+1?\n", encoding="utf-8")
     with pytest.raises(ValueError, match="p.csv:2: has another number of fields"):
         load_problems(str(file))
@@ -199,9 +243,14 @@ def test_csv(tmp_path):
 def test_countdown_tasks_file(tmp_path):
     """Fault: nums and target are not read, or the same game with its numbers in another order counts twice."""
     file = tmp_path / "c.jsonl"
-    file.write_text('{"nums": [44, 19, 35], "target": 98}\n{"nums": [19, 35, 44], "target": 98}\n{"nums": [1, 2], "target": 3}\n')
+    file.write_text(
+        '{"nums": [44, 19, 35], "target": 98}\n{"nums": [19, 35, 44], "target": 98}\n{"nums": [1, 2], "target": 3}\n'
+    )
     problems = load_problems(str(file))
-    assert [(p.kind, p.numbers, p.target) for p in problems] == [("countdown", (44, 19, 35), 98), ("countdown", (1, 2), 3)]
+    assert [(p.kind, p.numbers, p.target) for p in problems] == [
+        ("countdown", (44, 19, 35), 98),
+        ("countdown", (1, 2), 3),
+    ]
     assert verify(problems[0], "44 + 19 + 35").correct
     file.write_text('{"nums": "many", "target": 98}\n')
     with pytest.raises(ValueError, match="c.jsonl:1: expected a list of integers"):
@@ -213,7 +262,14 @@ def test_tolerance_of_olympiadbench(tmp_path):
     file = tmp_path / "o.jsonl"
     file.write_text('{"question": "Q", "final_answer": ["4.2"], "unit": "%", "error": "1e-1"}\n')
     (problem,) = load_problems(str(file))
-    for answer, correct in (("4.2", True), (r"4.29\%", True), ("4.11", True), ("4.31", False), ("-4.2", False), (r"420\%", False)):
+    for answer, correct in (
+        ("4.2", True),
+        (r"4.29\%", True),
+        ("4.11", True),
+        ("4.31", False),
+        ("-4.2", False),
+        (r"420\%", False),
+    ):
         assert verify(problem, rf"\boxed{{{answer}}}").correct == correct, answer
     file.write_text('{"question": "Q", "final_answer": ["4.2"], "error": "small"}\n')
     with pytest.raises(ValueError, match="o.jsonl:1: field 'error'"):
@@ -223,11 +279,25 @@ def test_tolerance_of_olympiadbench(tmp_path):
 def test_repeated_questions_are_counted_and_left_out(tmp_path, capsys):
     """Fault: DAPO's AIME-2024 counts each problem 32 times, or of two contradictory answers one is made the gold."""
     file = tmp_path / "p.jsonl"
-    rows = [("1 + 1?", "2"), ("1 +  1?", "2.0"), ("1 + 1?", "2"), ("x?", "3"), ("x?", "4"), ("y?", "5")]
+    rows = [
+        ("1 + 1?", "2"),
+        ("1 +  1?", "2.0"),
+        ("1 + 1?", "2"),
+        ("x?", "3"),
+        ("x?", "4"),
+        ("y?", "5"),
+    ]
     file.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
-    assert [(p.prompt, p.answer) for p in load_problems(str(file))] == [("1 + 1?", "2"), ("y?", "5")]
+    assert [(p.prompt, p.answer) for p in load_problems(str(file))] == [
+        ("1 + 1?", "2"),
+        ("y?", "5"),
+    ]
     printed = capsys.readouterr().out
-    assert "6 records, 3 different questions" in printed and "1 questions are left out" in printed and "p.jsonl:5" in printed
+    assert (
+        "6 records, 3 different questions" in printed
+        and "1 questions are left out" in printed
+        and "p.jsonl:5" in printed
+    )
 
 
 def test_train_eval_overlap_is_refused(tmp_path):
@@ -236,19 +306,37 @@ def test_train_eval_overlap_is_refused(tmp_path):
     file.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?", "answer": "4"}\n')
     problems = load_problems(str(file))
     check_overlap(problems[:1], problems[1:], "a", "b")
-    with pytest.raises(ValueError, match=r"1 of the 1 questions of data.eval = 'b' are among those of data.train = 'a', first 'p.jsonl:2'"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of the 1 questions of data.eval = 'b' are among those of data.train = 'a', first 'p.jsonl:2'",
+    ):
         check_overlap(problems, problems[1:], "a", "b")
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"problem": "P", "solution": "no box"}, "has no 'answer', and its field 'solution' no \\boxed{}"),
+        (
+            {"problem": "P", "solution": "no box"},
+            "has no 'answer', and its field 'solution' no \\boxed{}",
+        ),
         ({"problem": "P", "solution": r"\boxed{\frac{1}{}"}, "has no 'answer'"),
-        ({"prompt": [{"role": "assistant", "content": "hi"}], "answer": "1"}, "field 'prompt': expected messages of role and content"),
-        ({"prompt": ["hi"], "answer": "1"}, "field 'prompt': expected messages of role and content"),
-        ({"prompt": [{"role": "user", "content": "Q"}], "reward_model": {"style": "rule"}}, "has no 'answer'"),
-        ({"prompt": "Q", "reward_model": {"ground_truth": "\\frac{1"}}, "field 'reward_model.ground_truth': gold answer"),
+        (
+            {"prompt": [{"role": "assistant", "content": "hi"}], "answer": "1"},
+            "field 'prompt': expected messages of role and content",
+        ),
+        (
+            {"prompt": ["hi"], "answer": "1"},
+            "field 'prompt': expected messages of role and content",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "Q"}], "reward_model": {"style": "rule"}},
+            "has no 'answer'",
+        ),
+        (
+            {"prompt": "Q", "reward_model": {"ground_truth": "\\frac{1"}},
+            "field 'reward_model.ground_truth': gold answer",
+        ),
         ({"problem": "P", "answer": {"value": 1}}, "field 'answer': expected text"),
     ],
 )
@@ -263,7 +351,9 @@ def test_broken_field_is_named(tmp_path, record, message):
 def test_every_unreadable_gold_is_listed(tmp_path):
     """Fault: a data set with three unreadable gold answers is mended in three rounds of one error each."""
     golds = ["1", "\\frac{1", "2", "", "3)("]
-    (tmp_path / "p.json").write_text(json.dumps([{"problem": f"P{i}", "answer": gold or "{{"} for i, gold in enumerate(golds)]))
+    (tmp_path / "p.json").write_text(
+        json.dumps([{"problem": f"P{i}", "answer": gold or "{{"} for i, gold in enumerate(golds)])
+    )
     with pytest.raises(ValueError, match="3 of 5 records are to be mended") as error:
         load_problems(str(tmp_path / "p.json"))
     assert all(f"p.json[{i}]: field 'answer'" in str(error.value) for i in (1, 3, 4))
@@ -288,7 +378,9 @@ def test_broken_file_is_an_error(tmp_path, name, text, message):
 def test_system_message_is_kept(tmp_path):
     """Fault: the messages before the question are lost."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q"}]
-    (tmp_path / "p.json").write_text(json.dumps([{"prompt": messages, "reward_model": {"ground_truth": "1"}}]))
+    (tmp_path / "p.json").write_text(
+        json.dumps([{"prompt": messages, "reward_model": {"ground_truth": "1"}}])
+    )
     (problem,) = load_problems(str(tmp_path / "p.json"))
     assert problem.prompt == "Q" and problem.context == (("system", "Be brief."),)
 
@@ -299,7 +391,9 @@ def test_system_message_is_kept(tmp_path):
 def test_gym_splits_share_no_question():
     """Fault: a held-out question among the training questions, or questions that change from process to process."""
     options = "?min_terms=2&max_terms=2&min_digits=1&max_digits=2"
-    train = [load_problems("reasoning_gym:chain_sum" + options, size=200, seed=seed) for seed in (0, 1)]
+    train = [
+        load_problems("reasoning_gym:chain_sum" + options, size=200, seed=seed) for seed in (0, 1)
+    ]
     heldout = load_problems("reasoning_gym:chain_sum:heldout" + options, size=100, seed=0)
     assert train[0] != train[1] and len({p.prompt for p in train[0]}) == 200
     assert not {p.prompt for p in train[0] + train[1]} & {p.prompt for p in heldout}
@@ -307,12 +401,27 @@ def test_gym_splits_share_no_question():
 
 
 GYM_HELDOUT = [
-    ("chain_sum:0:6", "State the final answer to the following arithmetic problem: 43 + 14 =", "57"),
+    (
+        "chain_sum:0:6",
+        "State the final answer to the following arithmetic problem: 43 + 14 =",
+        "57",
+    ),
     ("chain_sum:0:15", "State the final answer to the following arithmetic problem: 8 + 0 =", "8"),
 ]
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "word_ladder", "arc_agi", "countdown", "spiral_matrix", "knight_swap", "simple_integration"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "chain_sum",
+        "word_ladder",
+        "arc_agi",
+        "countdown",
+        "spiral_matrix",
+        "knight_swap",
+        "simple_integration",
+    ],
+)
 def test_gym_scorer_decides(task):
     """Fault: the reference answer of a task is not right, or a partly right one is (scorers give those 0.01 and more)."""
     problems = load_problems(f"reasoning_gym:{task}", size=3, seed=2)
@@ -330,7 +439,10 @@ def test_gym_answer_in_words_or_boxed():
     assert [v.correct for v in verify_many([problem] * 6, good + bad)] == [True] * 3 + [False] * 3
 
 
-@pytest.mark.parametrize("task", ["countdown", "puzzle24", "spiral_matrix", "n_queens", "binary_matrix", "string_insertion"])
+@pytest.mark.parametrize(
+    "task",
+    ["countdown", "puzzle24", "spiral_matrix", "n_queens", "binary_matrix", "string_insertion"],
+)
 def test_gym_scorers_never_run_an_answer(task, tmp_path):
     """Fault: a scorer that evals the answer runs it: these would write a file."""
     (problem,) = load_problems(f"reasoning_gym:{task}", size=1)
@@ -361,9 +473,17 @@ def test_gym_scorer_is_killed_at_its_deadline():
     [
         ("reasoning_gym:no_such_task", 3, "'no_such_task' not registered"),
         ("reasoning_gym:chain_sum?terms=3", 3, "unexpected keyword argument 'terms'"),
-        ("reasoning_gym:chain_sum:test", 3, "expected reasoning_gym:TASK or reasoning_gym:TASK:heldout"),
+        (
+            "reasoning_gym:chain_sum:test",
+            3,
+            "expected reasoning_gym:TASK or reasoning_gym:TASK:heldout",
+        ),
         ("reasoning_gym:chain_sum", 0, "must be given"),
-        ("reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1", 5000, "5000 wanted"),
+        (
+            "reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1",
+            5000,
+            "5000 wanted",
+        ),
     ],
 )
 def test_bad_gym_source_is_an_error(source, size, message):
@@ -378,7 +498,11 @@ def test_bad_gym_source_is_an_error(source, size, message):
         ("countdown:test", 5, "unknown split"),
         ("countdown:train", 0, "must be given"),
         ("no.jsonl", 0, "not found"),
-        ("problems.xlsx", 0, "expected countdown:SPLIT, reasoning_gym:TASK or a file ending in .jsonl"),
+        (
+            "problems.xlsx",
+            0,
+            "expected countdown:SPLIT, reasoning_gym:TASK or a file ending in .jsonl",
+        ),
     ],
 )
 def test_bad_source_is_an_error(source, size, message):

@@ -13,13 +13,56 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STORED = Path(__file__).with_name("golden.json")
 KEYS = (
-    *("phase", "iteration", "step", "rl_steps", "rl/reward_mean", "rl/loss", "rl/grad_norm", "rl/entropy_mean_nat", "rft/loss"),
+    *(
+        "phase",
+        "iteration",
+        "step",
+        "rl_steps",
+        "rl/reward_mean",
+        "rl/loss",
+        "rl/grad_norm",
+        "rl/entropy_mean_nat",
+        "rft/loss",
+    ),
     *("eval/avg@4", "eval/pass@4", "filter/num_experts", "rl/kl_nat"),
 )
 OVERRIDES = [
-    *("--iterations", "2", "--rl.steps", "10", "--rl.problems_per_step", "8", "--rl.samples_per_problem", "4", "--data.train_size", "20"),
-    *("--rl.lr", "3e-4", "--rl.kl_coef", "0.01", "--rl.max_sampling_rounds", "2", "--rl.warmup_steps", "2", "--rft.epochs", "1"),
-    *("--data.eval_size", "10", "--eval.num_samples", "4", "--eval.every", "10", "--save_every", "10", "--rft.batch_size", "8"),
+    *(
+        "--iterations",
+        "2",
+        "--rl.steps",
+        "10",
+        "--rl.problems_per_step",
+        "8",
+        "--rl.samples_per_problem",
+        "4",
+        "--data.train_size",
+        "20",
+    ),
+    *(
+        "--rl.lr",
+        "3e-4",
+        "--rl.kl_coef",
+        "0.01",
+        "--rl.max_sampling_rounds",
+        "2",
+        "--rl.warmup_steps",
+        "2",
+        "--rft.epochs",
+        "1",
+    ),
+    *(
+        "--data.eval_size",
+        "10",
+        "--eval.num_samples",
+        "4",
+        "--eval.every",
+        "10",
+        "--save_every",
+        "10",
+        "--rft.batch_size",
+        "8",
+    ),
 ]
 
 
@@ -27,8 +70,12 @@ def golden_records(run_dir: str) -> list[dict]:
     import rloop
     from config import load_config
 
-    rloop.run_method(load_config(ROOT / "configs" / "countdown.toml", [*OVERRIDES, "--run_dir", run_dir]))
-    records = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    rloop.run_method(
+        load_config(ROOT / "configs" / "countdown.toml", [*OVERRIDES, "--run_dir", run_dir])
+    )
+    records = [
+        json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     return [{key: record[key] for key in KEYS if key in record} for record in records]
 
 
@@ -38,7 +85,10 @@ def test_golden_run(tmp_path, monkeypatch):
     stored, got = json.loads(STORED.read_text()), golden_records(str(tmp_path / "run"))
     assert sum(r["phase"] == "rl" for r in got) == 20 and len(got) == len(stored)
     for expected, record in zip(stored, got, strict=True):
-        assert record == {k: v if isinstance(v, str) else pytest.approx(v, rel=2e-3, abs=2e-5) for k, v in expected.items()}
+        assert record == {
+            k: v if isinstance(v, str) else pytest.approx(v, rel=2e-3, abs=2e-5)
+            for k, v in expected.items()
+        }
 
 
 if __name__ == "__main__":

@@ -123,7 +123,17 @@ def test_caps_of_the_parser(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["9^{9^{9^9}}", "10^{10^7}", "(10^9)!", "e^{10^9}", "\\sum_{k=1}^{10^9} k", "\\sin(10^{300})", "5!!!!", "\\exp(1,2)"]
+    "text",
+    [
+        "9^{9^{9^9}}",
+        "10^{10^7}",
+        "(10^9)!",
+        "e^{10^9}",
+        "\\sum_{k=1}^{10^9} k",
+        "\\sin(10^{300})",
+        "5!!!!",
+        "\\exp(1,2)",
+    ],
 )
 def test_caps_of_the_evaluation(text):
     """Would try to compute a number that does not fit into memory."""
@@ -133,7 +143,19 @@ def test_caps_of_the_evaluation(text):
     assert time.perf_counter() - start < 0.5
 
 
-@pytest.mark.parametrize("text", ["1/0", "0^{-1}", "\\log 0", "\\infty", "\\infty - \\infty", "\\log_1 5", "\\frac{x}{x-2}", "(-1)!"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1/0",
+        "0^{-1}",
+        "\\log 0",
+        "\\infty",
+        "\\infty - \\infty",
+        "\\log_1 5",
+        "\\frac{x}{x-2}",
+        "(-1)!",
+    ],
+)
 def test_undefined(text):
     """Would raise ZeroDivisionError, or take an undefined value for a number."""
     with pytest.raises(Undefined):

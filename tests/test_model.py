@@ -26,8 +26,14 @@ SIZES = dict(
 )  # fmt: skip
 CASES = {
     "llama": (transformers.LlamaConfig, dict(tie_word_embeddings=False)),
-    "llama-tied-bias": (transformers.LlamaConfig, dict(tie_word_embeddings=True, attention_bias=True)),
-    "llama3-rope": (transformers.LlamaConfig, dict(tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "llama-tied-bias": (
+        transformers.LlamaConfig,
+        dict(tie_word_embeddings=True, attention_bias=True),
+    ),
+    "llama3-rope": (
+        transformers.LlamaConfig,
+        dict(tie_word_embeddings=True, rope_parameters=LLAMA3),
+    ),
     "qwen2": (transformers.Qwen2Config, dict(tie_word_embeddings=False)),
     "qwen2-tied": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
     "qwen3": (transformers.Qwen3Config, dict(tie_word_embeddings=True, head_dim=16)),
@@ -37,8 +43,17 @@ CASES = {
 def hf_model(case: str, seed: int = 0):
     config_class, extra = CASES[case]
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**SIZES, **extra), attn_implementation="eager").float().eval()
-    for name, weight in model.named_parameters():  # biases and norms at their defaults would hide a missing one
+    model = (
+        transformers.AutoModelForCausalLM.from_config(
+            config_class(**SIZES, **extra), attn_implementation="eager"
+        )
+        .float()
+        .eval()
+    )
+    for (
+        name,
+        weight,
+    ) in model.named_parameters():  # biases and norms at their defaults would hide a missing one
         if weight.dim() == 1:
             torch.nn.init.normal_(weight, 1.0 if "norm" in name else 0.0, 0.2)
     return model
@@ -68,7 +83,9 @@ def test_saved_directory_loads_in_transformers(case, tmp_path):
     with torch.no_grad():
         ours.model.norm.weight.mul_(1.5)
     ours.save_pretrained(tmp_path / "ours")
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == ours.config.tie_embeddings
     ids = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -104,8 +121,12 @@ def test_config_of_the_hub_means_what_transformers_reads(name, tmp_path):
     """Fault: the RoPE base, scaling, head width or tying of a real config.json is read otherwise than transformers reads it."""
     ours = hub_model(name)
     ours.save_pretrained(tmp_path)
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
-    assert theirs.dtype == torch.float32 and not info["missing_keys"] and not info["unexpected_keys"]
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype="auto", output_loading_info=True
+    )
+    assert (
+        theirs.dtype == torch.float32 and not info["missing_keys"] and not info["unexpected_keys"]
+    )
     assert_same_logits(ours, theirs, 2, 50)
 
 
@@ -116,10 +137,16 @@ def test_greedy_tokens_equal_transformers(case, tmp_path):
     theirs.save_pretrained(tmp_path)
     prompts = [[5, 6, 7], [9, 1, 4, 4, 80, 2, 33]]
     ours = Transformer.from_pretrained(tmp_path)
-    got = sample(ours, prompts, num_samples=1, max_new_tokens=24, top_k=1, stop_ids=set(), seed=0, max_rows=2)
+    got = sample(
+        ours, prompts, num_samples=1, max_new_tokens=24, top_k=1, stop_ids=set(), seed=0, max_rows=2
+    )
     greedy = transformers.GenerationConfig(do_sample=False, max_new_tokens=24, pad_token_id=0)
     for prompt, (completion,) in zip(prompts, got, strict=True):
-        expected = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=greedy)
+        expected = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            generation_config=greedy,
+        )
         assert completion.ids == expected[0, len(prompt) :].tolist()
 
 
@@ -135,14 +162,27 @@ def test_saved_shards_load_in_transformers(max_shard_bytes, tmp_path):
         assert files == ["model.safetensors"]
     else:
         index = json.loads((tmp_path / "ours" / files.pop()).read_text())
-        assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-        assert index["metadata"]["total_size"] == num_bytes and list(index["weight_map"]) == list(ours.state_dict())
+        assert files == [
+            f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+        ]
+        assert index["metadata"]["total_size"] == num_bytes and list(index["weight_map"]) == list(
+            ours.state_dict()
+        )
         shards = [load_file(tmp_path / "ours" / file).values() for file in files]
-        assert all(len(shard) == 1 or sum(weight.nbytes for weight in shard) <= max_shard_bytes for shard in shards)
+        assert all(
+            len(shard) == 1 or sum(weight.nbytes for weight in shard) <= max_shard_bytes
+            for shard in shards
+        )
         assert len(files) == (len(ours.state_dict()) if max_shard_bytes == 1 else 9)
-    for again in (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), Transformer.from_pretrained(tmp_path / "ours")):
+    for again in (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours"),
+        Transformer.from_pretrained(tmp_path / "ours"),
+    ):
         assert again.state_dict().keys() == ours.state_dict().keys()
-        assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in ours.state_dict().items())
+        assert all(
+            torch.equal(weight, again.state_dict()[name])
+            for name, weight in ours.state_dict().items()
+        )
 
 
 def test_saving_again_replaces_the_earlier_weights(tmp_path):
@@ -155,13 +195,19 @@ def test_saving_again_replaces_the_earlier_weights(tmp_path):
         model.save_pretrained(tmp_path, max_shard_bytes=max_shard_bytes)
         expected = {name: weight.clone() for name, weight in model.state_dict().items()}
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-        model = Transformer.from_pretrained(tmp_path)  # the next save goes over the files that this one has mapped
+        model = Transformer.from_pretrained(
+            tmp_path
+        )  # the next save goes over the files that this one has mapped
         for name, weight in expected.items():
-            assert torch.equal(model.state_dict()[name], weight) and torch.equal(theirs.state_dict()[name], weight), name
+            assert torch.equal(model.state_dict()[name], weight) and torch.equal(
+                theirs.state_dict()[name], weight
+            ), name
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("load", [Transformer.from_pretrained, lambda path: Transformer.from_config(path, seed=0)])
+@pytest.mark.parametrize(
+    "load", [Transformer.from_pretrained, lambda path: Transformer.from_config(path, seed=0)]
+)
 def test_tokenizer_files_go_along(load, tiny, tmp_path):
     """Fault: an exported policy has no tokenizer, chat template or generation config, so transformers and vLLM cannot serve it."""
     tiny.save_pretrained(tmp_path / "a")
@@ -169,9 +215,15 @@ def test_tokenizer_files_go_along(load, tiny, tmp_path):
         (tmp_path / "a" / name).write_text(name)
     load(tmp_path / "a").save_pretrained(tmp_path / "b")
     Transformer.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "b")
-    assert {file.name for file in (tmp_path / "b").iterdir()} == {*COPIED_FILES, "config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "b").iterdir()} == {
+        *COPIED_FILES,
+        "config.json",
+        "model.safetensors",
+    }
     assert all((tmp_path / "b" / name).read_text() == name for name in COPIED_FILES)
-    assert len({file.stat().st_mode for file in (tmp_path / "b").iterdir()}) == 1  # readable by the same people
+    assert (
+        len({file.stat().st_mode for file in (tmp_path / "b").iterdir()}) == 1
+    )  # readable by the same people
 
 
 @pytest.mark.parametrize("compiled", ["in place", "wrapper", "blocks"])
@@ -186,7 +238,9 @@ def test_compiled_model_saves_the_same_names(compiled, tmp_path):
         model.model.layers[0] = torch.compile(model.model.layers[0])
     model.save_pretrained(tmp_path)
     names = set(load_file(tmp_path / "model.safetensors"))
-    assert names == set(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()) - {"lm_head.weight"}
+    assert names == set(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    ) - {"lm_head.weight"}
 
 
 @pytest.mark.parametrize("keys", [(), ("dtype",), ("torch_dtype",), ("dtype", "torch_dtype")])
@@ -196,14 +250,20 @@ def test_saved_dtype_is_the_weights(keys, tmp_path):
     half = Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
     config = json.loads((tmp_path / "half" / "config.json").read_text())
-    assert {key: config[key] for key in ("dtype", "torch_dtype") if key in config} == dict.fromkeys(keys or ("dtype",), "bfloat16")
+    assert {key: config[key] for key in ("dtype", "torch_dtype") if key in config} == dict.fromkeys(
+        keys or ("dtype",), "bfloat16"
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
     assert theirs.dtype == torch.bfloat16
-    assert all(torch.equal(weight, theirs.state_dict()[name]) for name, weight in half.state_dict().items())
+    assert all(
+        torch.equal(weight, theirs.state_dict()[name]) for name, weight in half.state_dict().items()
+    )
     ids = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, exact, got = theirs(ids).logits.float(), theirs.float()(ids).logits, half(ids)
-    assert (got - exact).norm() < 1.5 * (expected - exact).norm()  # rounding as large as theirs, nothing more
+    assert (got - exact).norm() < 1.5 * (
+        expected - exact
+    ).norm()  # rounding as large as theirs, nothing more
     with torch.no_grad():
         again = Transformer.from_pretrained(tmp_path / "half")(ids)
     torch.testing.assert_close(again, exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
@@ -224,7 +284,9 @@ print(json.dumps([kib("RssAnon") - before[0], kib("VmHWM") - before[1]]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("dtype", "anonymous", "peak"), [(torch.float32, 0.1, 0.1), (torch.bfloat16, 1.1, 1.7)])
+@pytest.mark.parametrize(
+    ("dtype", "anonymous", "peak"), [(torch.float32, 0.1, 0.1), (torch.bfloat16, 1.1, 1.7)]
+)
 def test_loading_makes_no_second_copy(dtype, anonymous, peak, tiny, tmp_path):
     """Fault: loading reads the file into memory, or holds the weights twice. In units of the float32 weights: those that need no
     conversion stay in the mapped file; of bfloat16 weights the result (1.0) and, at the peak, the mapped pages of the file (0.5) count."""
@@ -233,7 +295,9 @@ def test_loading_makes_no_second_copy(dtype, anonymous, peak, tiny, tmp_path):
     tiny.save_pretrained(tmp_path / "small")
     weights_kib = sum(4 * weight.numel() for weight in model.parameters()) / 1024
     command = [sys.executable, "-c", MEASURE, tmp_path / "big", tmp_path / "small"]
-    used = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    used = json.loads(
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
     assert used[0] < anonymous * weights_kib and used[1] < peak * weights_kib, (used, weights_kib)
 
 
@@ -252,11 +316,19 @@ def test_sharded_checkpoint_loads(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(ids), theirs(ids).logits, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            Transformer.from_pretrained(tmp_path)(ids), theirs(ids).logits, rtol=1e-4, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [("missing", "missing"), ("extra", "unexpected tensor"), ("shape", "has shape"), ("int8", "is torch.int8")]
+    ("damage", "message"),
+    [
+        ("missing", "missing"),
+        ("extra", "unexpected tensor"),
+        ("shape", "has shape"),
+        ("int8", "is torch.int8"),
+    ],
 )
 def test_damaged_checkpoint_names_the_tensor(tiny, tmp_path, damage, message):
     """Fault: a checkpoint that does not fit loads silently with random or dropped weights."""
@@ -284,11 +356,17 @@ def test_damaged_checkpoint_names_the_tensor(tiny, tmp_path, damage, message):
         ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
-        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}}, "rope_type = 'yarn'"),  # the first wins
+        (
+            {"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}},
+            "rope_type = 'yarn'",
+        ),  # the first wins
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type = 'dynamic'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor = 0.25"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+            "partial_rotary_factor = 0.25",
+        ),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
@@ -364,10 +442,16 @@ def test_cached_decode_equals_full_forward(tiny, dtype):
             cache.at(torch.arange(max(lengths)).expand(4, -1), max(lengths)),
         )
         for b, length in enumerate(lengths):
-            torch.testing.assert_close(tiny.logits(prefill[b, length - 1]), full[b, length - 1], rtol=1e-5, atol=1e-5)
-        for t in range(new):  # every row decodes at its own position, over the leftovers of the padded prefill
+            torch.testing.assert_close(
+                tiny.logits(prefill[b, length - 1]), full[b, length - 1], rtol=1e-5, atol=1e-5
+            )
+        for t in range(
+            new
+        ):  # every row decodes at its own position, over the leftovers of the padded prefill
             pos = torch.tensor([[length + t] for length in lengths])
-            got = tiny.logits(tiny.hidden(ids.gather(1, pos), pos, cache.at(pos, int(pos.max()) + 1))[:, 0])
+            got = tiny.logits(
+                tiny.hidden(ids.gather(1, pos), pos, cache.at(pos, int(pos.max()) + 1))[:, 0]
+            )
             torch.testing.assert_close(got, full[torch.arange(4), pos[:, 0]], rtol=1e-5, atol=1e-5)
 
 
@@ -399,8 +483,16 @@ def test_hf_config_is_kept_on_saving(tiny, tmp_path):
 
 def dense_weights(copy: Transformer) -> dict[str, torch.Tensor]:
     """Of a sampling copy, of whose weights some are packed."""
-    modules = {f"{name}.weight": module for name, module in copy.named_modules() if isinstance(module, Linear)}
-    packed = {name: module.packed.to_dense() for name, module in modules.items() if module.packed is not None}
+    modules = {
+        f"{name}.weight": module
+        for name, module in copy.named_modules()
+        if isinstance(module, Linear)
+    }
+    packed = {
+        name: module.packed.to_dense()
+        for name, module in modules.items()
+        if module.packed is not None
+    }
     can = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert (len(packed) == 7 * len(copy.model.layers)) == (copy.packed_head is not None) == can
     return dict(copy.named_parameters()) | packed
@@ -433,14 +525,27 @@ def test_packed_weights_give_the_same_logits(case, tmp_path, monkeypatch):
     copy rounds more than bfloat16 does. (The rows of a block's product: 15, and 3.)"""
     monkeypatch.setattr("model.PACKED_FROM", 0)
     hf_model(case).save_pretrained(tmp_path)
-    exact, half = Transformer.from_pretrained(tmp_path), Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    copy, ids = exact.copy_as(torch.bfloat16), torch.randint(0, 97, (3, 5), generator=torch.Generator().manual_seed(0))
+    exact, half = (
+        Transformer.from_pretrained(tmp_path),
+        Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16),
+    )
+    copy, ids = (
+        exact.copy_as(torch.bfloat16),
+        torch.randint(0, 97, (3, 5), generator=torch.Generator().manual_seed(0)),
+    )
     dense_weights(copy)
     with torch.no_grad():
         expected, error = exact(ids), (half(ids) - exact(ids)).abs().max()
         one_by_one = KVCache(copy, 3, 5)
         pos = torch.arange(5).expand(3, 5)
-        steps = [copy.logits(copy.hidden(ids[:, t : t + 1], pos[:, t : t + 1], one_by_one.at(pos[:, t : t + 1], t + 1))) for t in range(5)]
+        steps = [
+            copy.logits(
+                copy.hidden(
+                    ids[:, t : t + 1], pos[:, t : t + 1], one_by_one.at(pos[:, t : t + 1], t + 1)
+                )
+            )
+            for t in range(5)
+        ]
         for got in (copy(ids), torch.cat(steps, dim=1)):
             assert (got - expected).abs().max() < 2 * error < 0.2 * expected.abs().max()
 
@@ -466,7 +571,12 @@ def test_compiled_blocks_give_the_same_logprobs_gradients_and_samples(tiny, monk
         logp, entropy = token_logprobs(tiny, pack(groups))
         logp.sum().backward()
         completions = sample(tiny, [[3, 4, 5], [6]], **sampling)
-        return logp.detach(), entropy, [w.grad.clone() for w in tiny.parameters()], [c.ids for group in completions for c in group]
+        return (
+            logp.detach(),
+            entropy,
+            [w.grad.clone() for w in tiny.parameters()],
+            [c.ids for group in completions for c in group],
+        )
 
     @torch.no_grad()
     def bfloat16_error():
@@ -490,4 +600,6 @@ def test_compiled_blocks_give_the_same_logprobs_gradients_and_samples(tiny, monk
             weight.mul_(1.1)
     assert bfloat16_error() < 4 * rounding  # packed weights are no constants of the compilation
     with torch._dynamo.config.patch(error_on_recompile=True):
-        token_logprobs(tiny, pack([([3, 4], [[6, 7, 8, 9, 10, 11], [10, 11, 12]])]))[0].sum().backward()
+        token_logprobs(tiny, pack([([3, 4], [[6, 7, 8, 9, 10, 11], [10, 11, 12]])]))[
+            0
+        ].sum().backward()

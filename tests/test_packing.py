@@ -22,7 +22,9 @@ def one_by_one(model, groups, temperature):
     logps, entropies = [], []
     for prompt, responses in groups:
         for response in responses:
-            logp_TV = (model(torch.tensor([prompt + response]))[0] / temperature).log_softmax(-1)[len(prompt) - 1 : -1]
+            logp_TV = (model(torch.tensor([prompt + response]))[0] / temperature).log_softmax(-1)[
+                len(prompt) - 1 : -1
+            ]
             logps.append(logp_TV.gather(-1, torch.tensor(response)[:, None])[:, 0])
             entropies.append(-(logp_TV.exp() * logp_TV).sum(-1))
     return torch.cat(logps), torch.cat(entropies)
@@ -30,8 +32,13 @@ def one_by_one(model, groups, temperature):
 
 @pytest.mark.parametrize("long", [0, 1024])
 @pytest.mark.parametrize("at_once, kept", [(61, 0), (400, 0), (61, 300), (2**24, 2**26)])
-@pytest.mark.parametrize("config", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "tie_word_embeddings": False}])
-def test_logprobs_entropies_and_gradients_equal_single_rows(config, at_once, kept, long, monkeypatch):
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "tie_word_embeddings": False}],
+)
+def test_logprobs_entropies_and_gradients_equal_single_rows(
+    config, at_once, kept, long, monkeypatch
+):
     """Fault: a response sees another response, padding or the future; positions do not restart; the shift by one token; the temperature;
     a part of the head's gradient is lost between parts, or comes from another part's logits."""
     monkeypatch.setattr(packing, "LOGITS_AT_ONCE", at_once)
@@ -58,15 +65,50 @@ def test_no_more_logits_are_held_than_may_be(tiny, kept, monkeypatch):
     monkeypatch.setattr(packing, "LOGITS_AT_ONCE", 61 * 100)
     monkeypatch.setattr(packing, "LOGITS_KEPT", kept)
     shapes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: shapes.append(x.shape) or x, lambda x: x
+    ):
         token_logprobs(tiny, pack([([1] * 3, [[2] * 40] * 50)]))
-    assert [shape for shape in shapes if shape[-1:] == (61,)] == [(100, 61)] * (kept // 6100) and (2000, 32) in shapes
+    assert [shape for shape in shapes if shape[-1:] == (61,)] == [(100, 61)] * (kept // 6100) and (
+        2000,
+        32,
+    ) in shapes
 
 
 def test_packed_tokens_hold_the_prompt_once():
     """Fault: the prompt is computed once for every response, or padding is computed."""
     batch = pack(GROUPS)
-    assert batch.ids_M.tolist() == [3, 4, 5, 6, 7, 9, 5, 5, 6, 6, 7, 0, 8, 1, 2, 3, 4, 5, 0, 8, 0, 1, 2, 1, 2, 60, 0, 0, 4]
+    assert batch.ids_M.tolist() == [
+        3,
+        4,
+        5,
+        6,
+        7,
+        9,
+        5,
+        5,
+        6,
+        6,
+        7,
+        0,
+        8,
+        1,
+        2,
+        3,
+        4,
+        5,
+        0,
+        8,
+        0,
+        1,
+        2,
+        1,
+        2,
+        60,
+        0,
+        0,
+        4,
+    ]
     assert batch.pos_M.tolist()[9:19] == [5, 6, 7, 5, 5, 6, 7, 8, 9, 10]
     assert batch.predictors_Q.tolist()[:10] == [4, 9, 10, 4, 4, 13, 14, 15, 16, 17]
 

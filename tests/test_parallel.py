@@ -24,8 +24,20 @@ from model import Linear, Transformer, whole_tensor
 from packing import micro_batches, token_logprobs
 
 OPTIONS = [
-    *("--rl.max_sampling_rounds", "2", "--rl.recompute_logprobs", "true", "--rl.kl_coef", "0.01", "--rl.lr", "3e-4"),
-    *("--compute.micro_batch_tokens", "150"),  # several micro-batches a process, and not equally many
+    *(
+        "--rl.max_sampling_rounds",
+        "2",
+        "--rl.recompute_logprobs",
+        "true",
+        "--rl.kl_coef",
+        "0.01",
+        "--rl.lr",
+        "3e-4",
+    ),
+    *(
+        "--compute.micro_batch_tokens",
+        "150",
+    ),  # several micro-batches a process, and not equally many
 ]
 
 
@@ -40,7 +52,12 @@ def start(num_processes: int, function, *arguments) -> list[multiprocessing.Proc
     port = free_port()
 
     def body(rank: int) -> None:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_processes),
+            "MASTER_ADDR": "127.0.0.1",
+        }
         os.environ["MASTER_PORT"] = port
         tqdm.set_lock(threading.RLock())
         sys.exit(function(*arguments))
@@ -65,14 +82,27 @@ def exit_codes(processes: list[multiprocessing.Process], seconds: float = 60) ->
 
 
 def arguments(run_dir, *overrides: str) -> list[str]:
-    return ["--config", str(ROOT / "configs/countdown.toml"), *SMALL_RUN, *OPTIONS, *overrides, "--run_dir", str(run_dir)]
+    return [
+        "--config",
+        str(ROOT / "configs/countdown.toml"),
+        *SMALL_RUN,
+        *OPTIONS,
+        *overrides,
+        "--run_dir",
+        str(run_dir),
+    ]
 
 
 def run_with(num_processes: int, run_dir, *overrides: str) -> None:
     if num_processes == 1:
-        rloop.run_method(load_config(ROOT / "configs/countdown.toml", arguments(run_dir, *overrides)[2:]))
+        rloop.run_method(
+            load_config(ROOT / "configs/countdown.toml", arguments(run_dir, *overrides)[2:])
+        )
     else:
-        assert exit_codes(start(num_processes, rloop.main, arguments(run_dir, *overrides))) == [0] * num_processes
+        assert (
+            exit_codes(start(num_processes, rloop.main, arguments(run_dir, *overrides)))
+            == [0] * num_processes
+        )
 
 
 def records(run_dir, name: str = "metrics.jsonl") -> list[dict]:
@@ -82,15 +112,24 @@ def records(run_dir, name: str = "metrics.jsonl") -> list[dict]:
 
 def assert_same_run(a, b) -> None:
     """The same samples to the token; figures and weights to rounding."""
-    for file in ("trajectories/iteration_1.jsonl", "trajectories/iteration_2.jsonl", "experts/iteration_2.jsonl"):
+    for file in (
+        "trajectories/iteration_1.jsonl",
+        "trajectories/iteration_2.jsonl",
+        "experts/iteration_2.jsonl",
+    ):
         drop = {"logps"}
         assert [{k: v for k, v in t.items() if k not in drop} for t in records(a, file)] == [
             {k: v for k, v in t.items() if k not in drop} for t in records(b, file)
         ]
     assert len(records(a)) == len(records(b))
     for x, y in zip(records(a), records(b), strict=True):
-        assert x == {k: v if isinstance(v, str) else pytest.approx(v, rel=1e-3, abs=2e-5) for k, v in y.items()}
-    one, other = (Transformer.from_pretrained(run / "policies/theta_2").state_dict() for run in (a, b))
+        assert x == {
+            k: v if isinstance(v, str) else pytest.approx(v, rel=1e-3, abs=2e-5)
+            for k, v in y.items()
+        }
+    one, other = (
+        Transformer.from_pretrained(run / "policies/theta_2").state_dict() for run in (a, b)
+    )
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-4)
 
@@ -117,7 +156,10 @@ def test_many_processes_draw_and_learn_what_one_does(single, tmp_path, num_proce
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_number_of_processes_may_change_between_stop_and_continue(single, tmp_path, before, after):
     """Fault: a checkpoint that only as many processes can read as wrote it."""
-    stops = {"iteration 2, RL": lambda now: now.iteration == 1 and now.step == 1, "RFT": lambda now: now.rft_step == 2}
+    stops = {
+        "iteration 2, RL": lambda now: now.iteration == 1 and now.step == 1,
+        "RFT": lambda now: now.rft_step == 2,
+    }
     for name, reached in stops.items():
         run_dir = tmp_path / name
         assert exit_codes(start(before, stop_when, arguments(run_dir), reached)) == [130] * before
@@ -151,13 +193,20 @@ def test_bfloat16_shards_are_as_exact_as_autocast(tiny):
     """Fault: with bfloat16 weights handed out by FSDP, the residual stream or the sum of gradients is bfloat16 too."""
     tiny.requires_grad_(True)
     exact, auto = (gradients(copy.deepcopy(tiny), bf16=bf16) for bf16 in (False, True))
-    error = lambda got: math.sqrt(sum(float((got[name] - g).square().sum()) for name, g in exact.items()))  # noqa: E731
+    error = lambda got: math.sqrt(
+        sum(float((got[name] - g).square().sum()) for name, g in exact.items())
+    )  # noqa: E731
 
     def sharded() -> int:
         with parallel.processes():
             model = parallel.shard(copy.deepcopy(tiny), dtype=torch.bfloat16, replicas=1)
-            got = {name: g / 2 for name, g in gradients(model, bf16=True).items()}  # both processes add the same
-            return int(error(got) > 1.2 * error(auto) or not 0 < error(auto) < 0.1 * error({k: 0 for k in exact}))
+            got = {
+                name: g / 2 for name, g in gradients(model, bf16=True).items()
+            }  # both processes add the same
+            return int(
+                error(got) > 1.2 * error(auto)
+                or not 0 < error(auto) < 0.1 * error({k: 0 for k in exact})
+            )
 
     assert exit_codes(start(2, sharded)) == [0, 0]
 
@@ -174,16 +223,34 @@ def test_copy_of_shards_gives_its_memory_back_and_comes_again(tiny, monkeypatch)
             first = model.copy_as(torch.bfloat16)(ids)
             model.free_copies()
             (freed,) = model._copies.values()
-            packed = [freed.packed_head, *(m.packed for m in freed.modules() if isinstance(m, Linear))]
+            packed = [
+                freed.packed_head,
+                *(m.packed for m in freed.modules() if isinstance(m, Linear)),
+            ]
             left = not all(w.is_meta for w in freed.parameters()) or packed != [None] * len(packed)
-            return int(left or not torch.equal(first, expected) or not torch.equal(model.copy_as(torch.bfloat16)(ids), expected))
+            return int(
+                left
+                or not torch.equal(first, expected)
+                or not torch.equal(model.copy_as(torch.bfloat16)(ids), expected)
+            )
 
     assert exit_codes(start(2, sharded)) == [0, 0]
 
 
 def test_fewer_problems_than_processes(tmp_path):
     """Fault: a process with no problem, no usable group or no micro-batch hangs, or makes the others wait."""
-    tight = ("--rl.problems_per_step", "2", "--rl.minibatches", "1", "--rft.batch_size", "1", "--rft.epochs", "1", "--data.eval_size", "2")
+    tight = (
+        "--rl.problems_per_step",
+        "2",
+        "--rl.minibatches",
+        "1",
+        "--rft.batch_size",
+        "1",
+        "--rft.epochs",
+        "1",
+        "--data.eval_size",
+        "2",
+    )
     run_with(3, tmp_path / "run", *tight)
     run_with(1, tmp_path / "single", *tight)
     assert_same_run(tmp_path / "run", tmp_path / "single")
@@ -192,7 +259,11 @@ def test_fewer_problems_than_processes(tmp_path):
 def test_all_groups_flat(tmp_path, capfd):
     """Fault: processes that skip an update together wait for each other all the same."""
     run_with(2, tmp_path / "run", "--rl.samples_per_problem", "1", "--iterations", "1")
-    assert all(record["rl/flat_share"] == 1 for record in records(tmp_path / "run") if record["phase"] == "rl")
+    assert all(
+        record["rl/flat_share"] == 1
+        for record in records(tmp_path / "run")
+        if record["phase"] == "rl"
+    )
 
 
 def test_error_of_one_process_ends_all(tmp_path, capfd):
@@ -210,7 +281,9 @@ def test_error_of_one_process_ends_all(tmp_path, capfd):
         return rloop.main(arguments(tmp_path / "run"))
 
     assert exit_codes(start(2, failing)) == [1, 1]
-    assert capfd.readouterr().err.count("error: the model's logits are not finite while sampling") == 2
+    assert (
+        capfd.readouterr().err.count("error: the model's logits are not finite while sampling") == 2
+    )
 
 
 def test_death_of_one_process_ends_the_others_with_an_error(tmp_path, capfd):
@@ -234,7 +307,15 @@ def test_death_of_one_process_ends_the_others_with_an_error(tmp_path, capfd):
 
 def test_torchrun(single, tmp_path):
     """Fault: the documented command does not start, or prints every line once for each process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "rloop.py", *arguments(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "rloop.py",
+        *arguments(tmp_path / "run"),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("eval base after 0 RL steps") == 1
@@ -243,16 +324,24 @@ def test_torchrun(single, tmp_path):
 
 def test_replicas_must_divide_the_processes(tmp_path, capfd):
     """Fault: a mesh of another shape than asked for, or a traceback."""
-    assert exit_codes(start(3, rloop.main, arguments(tmp_path / "run", "--compute.replicas", "2"))) == [1, 1, 1]
+    assert exit_codes(
+        start(3, rloop.main, arguments(tmp_path / "run", "--compute.replicas", "2"))
+    ) == [1, 1, 1]
     assert "compute.replicas = 2: must divide the number of processes, 3" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 20])
 def test_micro_batches_of_all_processes_hold_every_response_once(num_ranks):
     """Fault: a response trained twice or never, or processes with different numbers of collectives (which would hang)."""
-    groups = [([1] * (3 + n), [[2] * (1 + (5 * n + 3 * g) % 17) for g in range(4)]) for n in range(5)]
+    groups = [
+        ([1] * (3 + n), [[2] * (1 + (5 * n + 3 * g) % 17) for g in range(4)]) for n in range(5)
+    ]
     parts = [list(micro_batches(groups, 60, rank, num_ranks)) for rank in range(num_ranks)]
     assert len({len(part) for part in parts}) == 1
-    assert sorted(row for part in parts for _, members in part for row in members) == list(range(20))
-    tokens = [sum(sum(batch.response_lengths) for batch, members in part if members) for part in parts]
+    assert sorted(row for part in parts for _, members in part for row in members) == list(
+        range(20)
+    )
+    tokens = [
+        sum(sum(batch.response_lengths) for batch, members in part if members) for part in parts
+    ]
     assert max(tokens) - min(tokens) <= 2 * 17

@@ -64,16 +64,30 @@ def measure(path: str, dtype: str, allocator: str) -> dict[str, int]:
     """Peak resident bytes, over those before the model was there, of sampling and of a micro-batch with gradients and moments in place."""
     torch.set_num_threads(1)
     libc = ctypes.CDLL(None)
-    if allocator == "exact":  # every tensor of 64 kB and more goes back to the kernel when it is freed: what is resident is alive
+    if (
+        allocator == "exact"
+    ):  # every tensor of 64 kB and more goes back to the kernel when it is freed: what is resident is alive
         libc.mallopt(-3, 65536)
     elif allocator == "kept":  # as rloop.py sets it
         keep_freed_memory()
 
-    def run(path: str, group: dict[str, int], rows: int, new_tokens: int, base: int) -> dict[str, int]:
+    def run(
+        path: str, group: dict[str, int], rows: int, new_tokens: int, base: int
+    ) -> dict[str, int]:
         model = Transformer.from_config(path, seed=0)
-        options = {"num_samples": group["samples"], "max_new_tokens": new_tokens, "stop_ids": set(), "seed": 0, "max_rows": rows}
+        options = {
+            "num_samples": group["samples"],
+            "max_new_tokens": new_tokens,
+            "stop_ids": set(),
+            "seed": 0,
+            "max_rows": rows,
+        }
         forget_peak()
-        sample(model.copy_as(getattr(torch, dtype)), [[1] * group["prompt"]] * (rows // group["samples"]), **options)
+        sample(
+            model.copy_as(getattr(torch, dtype)),
+            [[1] * group["prompt"]] * (rows // group["samples"]),
+            **options,
+        )
         peaks = {"sampling": resident("VmHWM") - base}
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
         train(model, FEW, dtype)
@@ -97,13 +111,22 @@ def planned(path: str, dtype: str) -> dict[str, float]:
     c = plan.read_architecture(cfg)
     prompt, rows, response = GROUP["prompt"], GROUP["samples"], GROUP["response"]
     batch = plan.Batch(
-        tokens=prompt + rows * response, response_tokens=rows * response, rows=rows, longest=prompt + response, by_rows=False
+        tokens=prompt + rows * response,
+        response_tokens=rows * response,
+        rows=rows,
+        longest=prompt + response,
+        by_rows=False,
     )
     always = plan.always(c, cfg, 1)
-    train = {ck: sum(always.values()) + sum(plan.training(c, cfg, 1, batch, checkpoint=ck).values()) for ck in (False, True)}
+    train = {
+        ck: sum(always.values()) + sum(plan.training(c, cfg, 1, batch, checkpoint=ck).values())
+        for ck in (False, True)
+    }
     sampling = plan.sampling(c, cfg, 1, ROWS, prompt_tokens=prompt, stride=1)
     return {
-        "sampling": always["float32 master weights"] + always.get("weights for the sampler", 0.0) + sum(sampling.values()),
+        "sampling": always["float32 master weights"]
+        + always.get("weights for the sampler", 0.0)
+        + sum(sampling.values()),
         "checkpointed": train[True],
         "training": train[False],
     }
@@ -116,9 +139,13 @@ def test_planned_memory_is_the_measured(tmp_path, dtype):
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, __file__, str(tmp_path), dtype, "exact"]
-    measured = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    measured = json.loads(
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    )
     for phase, size in planned(str(tmp_path), dtype).items():
-        assert abs(size / measured[phase] - 1) < 0.15, f"{phase}: planned {size / 1e6:.0f} MB, measured {measured[phase] / 1e6:.0f} MB"
+        assert abs(size / measured[phase] - 1) < 0.15, (
+            f"{phase}: planned {size / 1e6:.0f} MB, measured {measured[phase] / 1e6:.0f} MB"
+        )
 
 
 QWEN = {
@@ -141,7 +168,14 @@ def test_committed_configs_fit_their_gpus(tmp_path, capsys, name, hf, gpus, num_
     """Fault: parameters that are not the model's (its page says how many it has), or a config that cannot run on what it names; a plan
     that begins a run."""
     (tmp_path / "config.json").write_text(json.dumps(hf))
-    command = ["--config", str(ROOT / "configs" / f"{name}.toml"), "--model.path", str(tmp_path), "--run_dir", str(tmp_path / "run")]
+    command = [
+        "--config",
+        str(ROOT / "configs" / f"{name}.toml"),
+        "--model.path",
+        str(tmp_path),
+        "--run_dir",
+        str(tmp_path / "run"),
+    ]
     assert main([*command, "--plan", "--gpus", str(gpus), "--gpu-memory-gb", "80"]) == 0
     output = capsys.readouterr().out
     assert f"{num_parameters:,} parameters" in output and "of 80: fits" in output
@@ -150,21 +184,39 @@ def test_committed_configs_fit_their_gpus(tmp_path, capsys, name, hf, gpus, num_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("hf", [TINY, SMALL, TINY | {"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, QWEN_7B])
+@pytest.mark.parametrize(
+    "hf",
+    [TINY, SMALL, TINY | {"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, QWEN_7B],
+)
 def test_parameters_are_those_of_the_model(hf):
     """Fault: biases, norms or a tied head counted wrongly."""
     c = TransformerConfig.from_hf(hf, "tests")
     block, root = plan.count_parameters(c)
     with torch.device("meta"):
-        assert c.num_layers * block + root == sum(weight.numel() for weight in Transformer(c).parameters())
+        assert c.num_layers * block + root == sum(
+            weight.numel() for weight in Transformer(c).parameters()
+        )
 
 
 def test_the_most_that_fits_is_the_most(tmp_path, capsys):
     """Fault: the plan promises rows or tokens with which it then says that the run does not fit, or fewer than fit."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
-    command = ["--config", str(ROOT / "configs" / "qwen2.5-math-7b.toml"), "--model.path", str(tmp_path), "--plan", "--gpus", "8"]
+    command = [
+        "--config",
+        str(ROOT / "configs" / "qwen2.5-math-7b.toml"),
+        "--model.path",
+        str(tmp_path),
+        "--plan",
+        "--gpus",
+        "8",
+    ]
     main(command)
-    most = dict(re.findall(r"(compute\.\w+) = ([\d,]+)", capsys.readouterr().out.split("the most that fits:")[1].splitlines()[0]))
+    most = dict(
+        re.findall(
+            r"(compute\.\w+) = ([\d,]+)",
+            capsys.readouterr().out.split("the most that fits:")[1].splitlines()[0],
+        )
+    )
     for key, number in most.items():
         for more, verdict in ((0, "fits"), (1, "DOES NOT FIT")):
             main([*command, f"--{key}", str(int(number.replace(",", "")) + more)])
@@ -174,17 +226,32 @@ def test_the_most_that_fits_is_the_most(tmp_path, capsys):
 def test_work_of_a_step_by_hand(tmp_path):
     """Fault: a factor in the FLOPs: forward 2 a parameter and token, backward twice that, once more with checkpointing."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
-    overrides = ["--model.path", str(tmp_path), "--rl.max_sampling_rounds", "1", "--compute.checkpoint_activations", "false"]
+    overrides = [
+        "--model.path",
+        str(tmp_path),
+        "--rl.max_sampling_rounds",
+        "1",
+        "--compute.checkpoint_activations",
+        "false",
+    ]
     cfg = load_config(
-        ROOT / "configs" / "qwen2.5-math-7b.toml", [*overrides, "--rl.recompute_logprobs", "false", "--rl.importance_cap", "0"]
+        ROOT / "configs" / "qwen2.5-math-7b.toml",
+        [*overrides, "--rl.recompute_logprobs", "false", "--rl.importance_cap", "0"],
     )
     c = plan.read_architecture(cfg)
     work, tokens = plan.step_work(c, cfg), 512 * 16 * 4096
     without_embedding = 7_615_616_512 - 152064 * 3584
-    assert work["decode"] / (2 * without_embedding * tokens) == pytest.approx(1, abs=0.1)  # and attention
+    assert work["decode"] / (2 * without_embedding * tokens) == pytest.approx(
+        1, abs=0.1
+    )  # and attention
     # half of the groups are flat; the logits are computed a second time with or without checkpointing
     assert work["training"] / (6 * without_embedding * tokens / 2) == pytest.approx(1, abs=0.2)
-    again = plan.step_work(c, dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, checkpoint_activations=True)))
+    again = plan.step_work(
+        c,
+        dataclasses.replace(
+            cfg, compute=dataclasses.replace(cfg.compute, checkpoint_activations=True)
+        ),
+    )
     assert again["training"] / work["training"] == pytest.approx(4 / 3, abs=0.04)
 
 
@@ -197,15 +264,23 @@ def test_bytes_of_a_response_token():
                             reason="correct", reward=1.0)  # fmt: skip
     numbers = sum(8 + sys.getsizeof(x) for x in (*ids, *logps)) + sys.getsizeof(trajectory.response)
     sizes = (len(pickle.dumps(trajectory)), numbers, len(json.dumps(vars(trajectory))))
-    assert [size / T for size in sizes] == pytest.approx([plan.PICKLED, plan.LISTED, plan.WRITTEN], rel=0.1)
+    assert [size / T for size in sizes] == pytest.approx(
+        [plan.PICKLED, plan.LISTED, plan.WRITTEN], rel=0.1
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plan", "--model.path", "nowhere/Some-7B"], "hf download OWNER/Some-7B config.json --local-dir nowhere/Some-7B"),
+        (
+            ["--plan", "--model.path", "nowhere/Some-7B"],
+            "hf download OWNER/Some-7B config.json --local-dir nowhere/Some-7B",
+        ),
         (["--plan", "--gpus", "0"], "--gpus 0: must be above 0"),
-        (["--plan", "--gpus", "8", "--compute.replicas", "3"], "compute.replicas = 3: must divide --gpus 8"),
+        (
+            ["--plan", "--gpus", "8", "--compute.replicas", "3"],
+            "compute.replicas = 3: must divide --gpus 8",
+        ),
         (["--gpus", "8"], "--gpus: goes with --plan"),
     ],
 )

@@ -19,7 +19,9 @@ def test_function_links_point_at_their_functions():
 def test_pseudocode_names_exist():
     """Fault: the pseudocode names a function that is gone."""
     block = README.split("```")[1]
-    named = [re.split(r"\s{2,}", line.strip())[1:] for line in block.splitlines() if line.endswith(".py")]
+    named = [
+        re.split(r"\s{2,}", line.strip())[1:] for line in block.splitlines() if line.endswith(".py")
+    ]
     assert len(named) >= 10
     for functions, file in named:
         source = (ROOT / file).read_text(encoding="utf-8")

@@ -16,7 +16,16 @@ from data import load_problems
 from data.tokenizer import Tokenizer
 from model import Transformer
 from packing import pack, token_logprobs
-from rloop import Trajectory, group_advantages, grpo_loss, kl_loss, pass_at_k, select_experts, sft_loss, token_weights
+from rloop import (
+    Trajectory,
+    group_advantages,
+    grpo_loss,
+    kl_loss,
+    pass_at_k,
+    select_experts,
+    sft_loss,
+    token_weights,
+)
 from rundir import RunDir
 from sampler import sample
 
@@ -32,7 +41,9 @@ def small_run(countdown_toml, tmp_path):
     """Opens a run of a few small steps in tmp_path/NAME with overrides."""
 
     def open_run(name="run", *overrides):
-        cfg = load_config(countdown_toml, [*SMALL_RUN, "--run_dir", str(tmp_path / name), *overrides])
+        cfg = load_config(
+            countdown_toml, [*SMALL_RUN, "--run_dir", str(tmp_path / name), *overrides]
+        )
         return RunDir(cfg)
 
     return open_run
@@ -47,7 +58,9 @@ def test_pass_at_k_equals_brute_force():
         for c in range(n + 1):
             for k in range(1, n + 1):
                 draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
-                assert pass_at_k(n, c, k) == pytest.approx(sum(max(d) for d in draws) / len(draws), abs=1e-12)
+                assert pass_at_k(n, c, k) == pytest.approx(
+                    sum(max(d) for d in draws) / len(draws), abs=1e-12
+                )
     assert pass_at_k(4, 1, 4) == 1.0
 
 
@@ -71,7 +84,12 @@ def test_group_advantages_by_hand():
     """Fault: sample instead of population std, or groups mixed with one another."""
     got = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]))
     s = math.sqrt(3) / 4
-    torch.testing.assert_close(got, torch.tensor([[0.75 / s, *[-0.25 / s] * 3], [1.0, 1.0, -1.0, -1.0]]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        got,
+        torch.tensor([[0.75 / s, *[-0.25 / s] * 3], [1.0, 1.0, -1.0, -1.0]]),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     plain = group_advantages(torch.tensor([[1, 0, 0, 0]]), normalize_std=False)
     torch.testing.assert_close(plain, torch.tensor([[0.75, -0.25, -0.25, -0.25]]))
 
@@ -89,7 +107,9 @@ def test_token_weights_by_hand(aggregation):
     """Fault: a denominator of the micro-batch instead of the whole step; prompt or padding counted."""
     mask = torch.tensor([[False, True, True, True], [False, False, True, False]])
     got = token_weights(mask, aggregation, num_tokens=4, num_rows=2, max_new_tokens=5)
-    rows = {"token": (1 / 4, 1 / 4), "sequence": (1 / 6, 1 / 2), "constant": (1 / 10, 1 / 10)}[aggregation]
+    rows = {"token": (1 / 4, 1 / 4), "sequence": (1 / 6, 1 / 2), "constant": (1 / 10, 1 / 10)}[
+        aggregation
+    ]
     torch.testing.assert_close(got, torch.tensor([[0, *[rows[0]] * 3], [0, 0, rows[1], 0]]))
     part = token_weights(mask[1:], aggregation, num_tokens=4, num_rows=2, max_new_tokens=5)
     assert torch.equal(part, got[1:])
@@ -106,7 +126,11 @@ def test_grpo_loss_by_hand():
     old = torch.tensor([-1.0, -2.0, -0.5, -3.0, -0.1, -1.0])
     loss, sums = grpo_loss(old + ratio.log(), old, adv, weight, clip_low=0.2, clip_high=0.28)
     assert loss.item() == pytest.approx(-0.2 * (1.28 - 1.5 + 0.5 - 0.8 + 2.2), abs=1e-6)
-    assert {name: int(value) for name, value in sums.items()} == {"tokens": 5, "clip_low": 1, "clip_high": 1}
+    assert {name: int(value) for name, value in sums.items()} == {
+        "tokens": 5,
+        "clip_low": 1,
+        "clip_high": 1,
+    }
 
 
 def test_grpo_loss_gradcheck():
@@ -117,7 +141,9 @@ def test_grpo_loss_gradcheck():
     adv = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     weight = torch.rand(4, 6, generator=generator, dtype=torch.float64)
     logp.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: grpo_loss(x, old, adv, weight, clip_low=0.2, clip_high=0.28)[0], logp)
+    assert torch.autograd.gradcheck(
+        lambda x: grpo_loss(x, old, adv, weight, clip_low=0.2, clip_high=0.28)[0], logp
+    )
     assert torch.autograd.gradcheck(lambda x: kl_loss(x, old, weight) + sft_loss(x, weight), logp)
     old.requires_grad_(), adv.requires_grad_()
     grpo_loss(logp, old, adv, weight, clip_low=0.2, clip_high=0.28)[0].backward()
@@ -127,7 +153,14 @@ def test_grpo_loss_gradcheck():
 def test_grpo_loss_ignores_garbage_behind_the_mask():
     """Fault: 0 * inf = NaN from padded entries."""
     logp = torch.tensor([-0.5, 900.0], requires_grad=True)
-    loss, _ = grpo_loss(logp, torch.tensor([-0.5, -900.0]), torch.ones(2), torch.tensor([1.0, 0.0]), clip_low=0.2, clip_high=0.2)
+    loss, _ = grpo_loss(
+        logp,
+        torch.tensor([-0.5, -900.0]),
+        torch.ones(2),
+        torch.tensor([1.0, 0.0]),
+        clip_low=0.2,
+        clip_high=0.2,
+    )
     loss.backward()
     assert loss.item() == -1.0 and logp.grad.tolist() == [-1.0, 0.0]
     assert sft_loss(torch.tensor([-0.5, -torch.inf]), torch.tensor([1.0, 0.0])).item() == 0.5
@@ -136,16 +169,33 @@ def test_grpo_loss_ignores_garbage_behind_the_mask():
 def test_losses_and_logprobs_leave_their_arguments_alone(tiny):
     """Fault: an in-place write through a view of the caller's ids, mask or rewards."""
     groups = [([3, 4], [[6, 7, 0]]), ([5], [[8, 0]])]
-    batch, old, mask = pack(groups), torch.tensor([-1.0] * 3 + [-2.0] * 2), torch.tensor([[True, True, True], [True, True, False]])
-    tensors = [old, mask, *(value for value in vars(batch).values() if isinstance(value, torch.Tensor))]
+    batch, old, mask = (
+        pack(groups),
+        torch.tensor([-1.0] * 3 + [-2.0] * 2),
+        torch.tensor([[True, True, True], [True, True, False]]),
+    )
+    tensors = [
+        old,
+        mask,
+        *(value for value in vars(batch).values() if isinstance(value, torch.Tensor)),
+    ]
     reward, before = torch.tensor([[1.0], [0.0]]), [tensor.clone() for tensor in tensors]
     logp, _ = token_logprobs(tiny, batch, 0.5)
     weight = token_weights(mask, "token", num_tokens=5, num_rows=2, max_new_tokens=4)[mask]
     weight_before, logp_before = weight.clone(), logp.detach().clone()
-    grpo_loss(logp, old, group_advantages(reward).expand(2, 3)[mask], weight, clip_low=0.2, clip_high=0.28)[0].backward()
+    grpo_loss(
+        logp, old, group_advantages(reward).expand(2, 3)[mask], weight, clip_low=0.2, clip_high=0.28
+    )[0].backward()
     kl_loss(logp, old, weight), sft_loss(logp, weight)
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True)) and groups == [([3, 4], [[6, 7, 0]]), ([5], [[8, 0]])]
-    assert torch.equal(weight, weight_before) and torch.equal(logp, logp_before) and reward.tolist() == [[1.0], [0.0]]
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True)) and groups == [
+        ([3, 4], [[6, 7, 0]]),
+        ([5], [[8, 0]]),
+    ]
+    assert (
+        torch.equal(weight, weight_before)
+        and torch.equal(logp, logp_before)
+        and reward.tolist() == [[1.0], [0.0]]
+    )
 
 
 def test_packed_and_padded_losses_agree():
@@ -154,7 +204,9 @@ def test_packed_and_padded_losses_agree():
     logp, old, adv = (torch.randn(3, 5, generator=generator) for _ in range(3))
     weight = torch.rand(3, 5, generator=generator)
     padded, _ = grpo_loss(logp, old, adv, weight, clip_low=0.2, clip_high=0.28)
-    packed, _ = grpo_loss(logp.view(-1), old.view(-1), adv.view(-1), weight.view(-1), clip_low=0.2, clip_high=0.28)
+    packed, _ = grpo_loss(
+        logp.view(-1), old.view(-1), adv.view(-1), weight.view(-1), clip_low=0.2, clip_high=0.28
+    )
     torch.testing.assert_close(padded, packed)
 
 
@@ -177,7 +229,16 @@ def test_overlong_penalty_by_hand():
 def test_trainer_logprobs_equal_sampler_logprobs(tiny, temperature):
     """Fault: the loss sees another distribution than the one that was sampled (temperature left out, stop token dropped)."""
     prompts = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8]]
-    groups = sample(tiny, prompts, num_samples=4, max_new_tokens=10, temperature=temperature, stop_ids={0, 7}, seed=0, max_rows=5)
+    groups = sample(
+        tiny,
+        prompts,
+        num_samples=4,
+        max_new_tokens=10,
+        temperature=temperature,
+        stop_ids={0, 7},
+        seed=0,
+        max_rows=5,
+    )
     batch = pack([(p, [c.ids for c in g]) for p, g in zip(prompts, groups, strict=True)])
     old = torch.tensor([logp for g in groups for c in g for logp in c.logps])
     logp, _ = token_logprobs(tiny, batch, temperature)
@@ -190,7 +251,9 @@ def test_eos_gets_gradient(tiny):
     logp.retain_grad()
     sft_loss(logp, torch.full((2,), 0.5)).backward()
     assert logp.grad.tolist() == [-0.5, -0.5]
-    gradient = tiny.model.embed_tokens.weight.grad  # tied: pushed towards the stop token, 0, at its place
+    gradient = (
+        tiny.model.embed_tokens.weight.grad
+    )  # tied: pushed towards the stop token, 0, at its place
     assert gradient[0].abs().max() > gradient[1].abs().max()
 
 
@@ -200,7 +263,9 @@ def gradient_of_update(small_run, tiny, name, groups, *overrides):
     gradients = {}
     tiny.zero_grad()
     optimizer = torch.optim.SGD(tiny.parameters(), lr=0.0)
-    optimizer.step = lambda: gradients.update({n: w.grad.clone() for n, w in tiny.named_parameters()})
+    optimizer.step = lambda: gradients.update(
+        {n: w.grad.clone() for n, w in tiny.named_parameters()}
+    )
     metrics = rloop.update(tiny, optimizer, None, groups, run)
     return gradients, metrics
 
@@ -208,9 +273,14 @@ def gradient_of_update(small_run, tiny, name, groups, *overrides):
 @pytest.fixture
 def groups(tiny):
     prompts = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8]]
-    sampled = sample(tiny, prompts, num_samples=4, max_new_tokens=10, stop_ids={0, 7}, seed=0, max_rows=64)
+    sampled = sample(
+        tiny, prompts, num_samples=4, max_new_tokens=10, stop_ids={0, 7}, seed=0, max_rows=64
+    )
     return [
-        [trajectory(ids=c.ids, logps=c.logps, prompt_ids=p, reward=float(j == i)) for j, c in enumerate(g)]
+        [
+            trajectory(ids=c.ids, logps=c.logps, prompt_ids=p, reward=float(j == i))
+            for j, c in enumerate(g)
+        ]
         for i, (p, g) in enumerate(zip(prompts, sampled, strict=True))
     ]
 
@@ -219,8 +289,12 @@ def groups(tiny):
 def test_gradient_does_not_depend_on_micro_batches(small_run, tiny, groups, aggregation):
     """Fault: the loss is normalised per micro-batch, so memory settings change what is learned."""
     options = ("--rl.aggregation", aggregation, "--optimizer.grad_clip", "1e9")
-    whole, whole_metrics = gradient_of_update(small_run, tiny, "a", groups, *options, "--compute.micro_batch_tokens", "100000")
-    split, split_metrics = gradient_of_update(small_run, tiny, "b", groups, *options, "--compute.micro_batch_tokens", "17")
+    whole, whole_metrics = gradient_of_update(
+        small_run, tiny, "a", groups, *options, "--compute.micro_batch_tokens", "100000"
+    )
+    split, split_metrics = gradient_of_update(
+        small_run, tiny, "b", groups, *options, "--compute.micro_batch_tokens", "17"
+    )
     for name in whole:
         torch.testing.assert_close(split[name], whole[name], rtol=1e-4, atol=1e-6)
     assert max(g.abs().max() for g in whole.values()) > 1e-3
@@ -238,7 +312,9 @@ def test_update_gradient_equals_a_direct_computation(small_run, tiny, groups):
         for t, advantage in zip(group, (rewards - rewards.mean()) / rewards.std(), strict=True):
             logp = tiny(torch.tensor([t.prompt_ids + t.ids]))[0].log_softmax(-1)
             for j, token in enumerate(t.ids):  # on-policy the gradient is A * grad log p
-                (-advantage / num_tokens * logp[len(t.prompt_ids) + j - 1, token]).backward(retain_graph=True)
+                (-advantage / num_tokens * logp[len(t.prompt_ids) + j - 1, token]).backward(
+                    retain_graph=True
+                )
     for name, weight in tiny.named_parameters():
         torch.testing.assert_close(got[name], weight.grad, rtol=1e-3, atol=1e-5)
 
@@ -251,8 +327,12 @@ def test_activation_checkpointing_leaves_the_gradient_and_keeps_less(small_run, 
         for block in tiny.model.layers:
             block.checkpoint_activations = checkpointing
         sizes: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.update({x.data_ptr(): x.nbytes}), x)[1], lambda x: x):
-            gradient, _ = gradient_of_update(small_run, tiny, name, groups, "--optimizer.grad_clip", "1e9")
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (sizes.update({x.data_ptr(): x.nbytes}), x)[1], lambda x: x
+        ):
+            gradient, _ = gradient_of_update(
+                small_run, tiny, name, groups, "--optimizer.grad_clip", "1e9"
+            )
         kept.append(sum(sizes.values()))
         return gradient
 
@@ -263,25 +343,45 @@ def test_activation_checkpointing_leaves_the_gradient_and_keeps_less(small_run, 
 
 def test_recomputed_logprobs_replace_the_samplers(small_run, tiny, groups):
     """Fault: with a sampler of other precision the ratio is not 1 before the first update, or its gap is not logged."""
-    options = ("--optimizer.grad_clip", "1e9", "--rl.recompute_logprobs", "true", "--compute.micro_batch_tokens", "40")
+    options = (
+        "--optimizer.grad_clip",
+        "1e9",
+        "--rl.recompute_logprobs",
+        "true",
+        "--compute.micro_batch_tokens",
+        "40",
+    )
     expected, _ = gradient_of_update(small_run, tiny, "a", groups, "--optimizer.grad_clip", "1e9")
     for t in itertools.chain(*groups):
         t.logps = [logp - 0.5 for logp in t.logps]
     got, metrics = gradient_of_update(small_run, tiny, "b", groups, *options)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
-    assert metrics["rl/logp_gap_mean_nat"] == pytest.approx(0.5, abs=1e-4) and metrics["rl/clip_high_share"] == 0
+    assert (
+        metrics["rl/logp_gap_mean_nat"] == pytest.approx(0.5, abs=1e-4)
+        and metrics["rl/clip_high_share"] == 0
+    )
 
 
 def test_importance_weights_are_truncated(small_run, tiny, groups):
     """Fault: tokens that the trainer finds likelier than the sampler did are not weighted up, or beyond the cap."""
-    options = ("--optimizer.grad_clip", "1e9", "--rl.recompute_logprobs", "true", "--rl.importance_cap")
+    options = (
+        "--optimizer.grad_clip",
+        "1e9",
+        "--rl.recompute_logprobs",
+        "true",
+        "--rl.importance_cap",
+    )
     plain, _ = gradient_of_update(small_run, tiny, "a", groups, *options[:-1])
-    groups[1][1].logps = [logp - math.log(3) for logp in groups[1][1].logps]  # trainer / sampler = 3
+    groups[1][1].logps = [
+        logp - math.log(3) for logp in groups[1][1].logps
+    ]  # trainer / sampler = 3
     whole, _ = gradient_of_update(small_run, tiny, "b", groups, *options, "5.0")
     capped, _ = gradient_of_update(small_run, tiny, "c", groups, *options, "2.0")
     for name in plain:
-        torch.testing.assert_close(2 * (capped[name] - plain[name]), whole[name] - plain[name], rtol=1e-2, atol=1e-5)
+        torch.testing.assert_close(
+            2 * (capped[name] - plain[name]), whole[name] - plain[name], rtol=1e-2, atol=1e-5
+        )
     assert max((whole[name] - plain[name]).abs().max() for name in plain) > 1e-3
 
 
@@ -289,21 +389,32 @@ def test_bfloat16_gradient_is_close_and_weights_stay_float32(small_run, tiny, gr
     """Fault: bfloat16 weights or losses (small updates are rounded away), or products of another precision than asked for."""
     options = ("--optimizer.grad_clip", "1e9", "--compute.micro_batch_tokens", "40")
     exact, _ = gradient_of_update(small_run, tiny, "a", groups, *options)
-    rounded, metrics = gradient_of_update(small_run, tiny, "b", groups, *options, "--compute.dtype", "bfloat16")
+    rounded, metrics = gradient_of_update(
+        small_run, tiny, "b", groups, *options, "--compute.dtype", "bfloat16"
+    )
     for name, weight in tiny.named_parameters():
         assert weight.dtype == rounded[name].dtype == torch.float32
-        assert torch.cosine_similarity(rounded[name].flatten(), exact[name].flatten(), dim=0) > 0.98, name
-    assert any(not torch.equal(rounded[name], exact[name]) for name in exact) and 1e-4 < metrics["rl/logp_gap_mean_nat"] < 0.1
+        assert (
+            torch.cosine_similarity(rounded[name].flatten(), exact[name].flatten(), dim=0) > 0.98
+        ), name
+    assert (
+        any(not torch.equal(rounded[name], exact[name]) for name in exact)
+        and 1e-4 < metrics["rl/logp_gap_mean_nat"] < 0.1
+    )
 
 
 def test_bfloat16_run_is_whole(small_run):
     """Fault: sampling in bfloat16 leaves its rounded weights in the policy, or the run does not repeat."""
-    runs = [run_whole(small_run(name, "--compute.dtype", "bfloat16", "--rl.recompute_logprobs", "true")) for name in ("a", "b")]
+    runs = [
+        run_whole(small_run(name, "--compute.dtype", "bfloat16", "--rl.recompute_logprobs", "true"))
+        for name in ("a", "b")
+    ]
     assert without_times(runs[0]) == without_times(runs[1])
     gaps = [r["rl/logp_gap_mean_nat"] for r in runs[0] if "rl/logp_gap_mean_nat" in r]
     assert gaps and all(1e-5 < gap < 0.1 for gap in gaps)
     saved = load_file(
-        small_run("a", "--compute.dtype", "bfloat16", "--rl.recompute_logprobs", "true").path / "policies/theta_2/model.safetensors"
+        small_run("a", "--compute.dtype", "bfloat16", "--rl.recompute_logprobs", "true").path
+        / "policies/theta_2/model.safetensors"
     )
     assert all(tensor.dtype == torch.float32 for tensor in saved.values())
     assert any((tensor != tensor.bfloat16()).any() for tensor in saved.values())
@@ -325,7 +436,11 @@ def test_non_finite_loss_stops_and_saves_the_batch(small_run, tiny, groups):
     with pytest.raises(FloatingPointError, match="nonfinite_batch"):
         rloop.update(tiny, torch.optim.AdamW(tiny.parameters(), lr=0.1), None, groups, run)
     saved = run.read("nonfinite_batch.jsonl")
-    assert len(saved) == 12 and math.isnan(saved[6]["logps"][0]) and saved[6]["ids"] == groups[1][2].ids
+    assert (
+        len(saved) == 12
+        and math.isnan(saved[6]["logps"][0])
+        and saved[6]["ids"] == groups[1][2].ids
+    )
     assert all(torch.equal(before[n], w) for n, w in tiny.state_dict().items())
 
 
@@ -336,14 +451,23 @@ def test_select_experts_by_hand():
     """Fault: wrong answers, easy problems or duplicates among the experts; equal answers to different problems merged."""
     phase = [
         *[trajectory("easy", ids=(i, 0)) for i in range(1, 5)],
-        *[trajectory("hard", ids=ids, reward=r, step=s) for s, (ids, r) in enumerate([((1, 0), 1), ((2, 0), 0), ((1, 0), 1), ((3, 0), 1)])],
+        *[
+            trajectory("hard", ids=ids, reward=r, step=s)
+            for s, (ids, r) in enumerate([((1, 0), 1), ((2, 0), 0), ((1, 0), 1), ((3, 0), 1)])
+        ],
         *[trajectory("harder", ids=ids, reward=r) for ids, r in [((1, 0), 1), ((2, 0), 0)]],
         *[trajectory("never", ids=(i, 0), reward=0) for i in range(3)],
     ]
     before = [repr(t) for t in phase]
     got = select_experts(phase, max_success_rate=0.75, max_per_problem=10)
-    assert [(t.problem, t.ids, t.step) for t in got] == [("hard", [1, 0], 0), ("hard", [3, 0], 3), ("harder", [1, 0], 1)]
-    assert [(t.problem, t.ids) for t in select_experts(phase, max_success_rate=0.5, max_per_problem=10)] == [("harder", [1, 0])]
+    assert [(t.problem, t.ids, t.step) for t in got] == [
+        ("hard", [1, 0], 0),
+        ("hard", [3, 0], 3),
+        ("harder", [1, 0], 1),
+    ]
+    assert [
+        (t.problem, t.ids) for t in select_experts(phase, max_success_rate=0.5, max_per_problem=10)
+    ] == [("harder", [1, 0])]
     assert len(select_experts(phase, max_success_rate=1.0, max_per_problem=10)) == 7
     assert select_experts(phase[-3:], max_success_rate=1.0, max_per_problem=10) == []
     assert [repr(t) for t in phase] == before
@@ -351,7 +475,9 @@ def test_select_experts_by_hand():
 
 def test_select_experts_cap_spans_the_phase():
     """Fault: the cap keeps only the first or the last steps, and with them one policy's habits."""
-    phase = [trajectory("p", ids=(s, 0), step=s) for s in range(1, 100)] + [trajectory("p", reward=0)]
+    phase = [trajectory("p", ids=(s, 0), step=s) for s in range(1, 100)] + [
+        trajectory("p", reward=0)
+    ]
     got = select_experts(phase, max_success_rate=1.0, max_per_problem=4)
     assert [t.step for t in got] == [1, 34, 66, 99]
     assert [t.step for t in select_experts(phase, max_success_rate=1.0, max_per_problem=1)] == [1]
@@ -373,7 +499,11 @@ def test_rloop_run_is_whole(small_run):
     """Fault: a phase left out or in the wrong order, a trajectory lost, a policy that was not exported."""
     run = small_run()
     records = run_whole(run)
-    order = [r["policy"] if r["phase"] == "eval" else r["phase"] for r in records if r["phase"] != "rft" or r["step"] == 1]
+    order = [
+        r["policy"] if r["phase"] == "eval" else r["phase"]
+        for r in records
+        if r["phase"] != "rft" or r["step"] == 1
+    ]
     assert order == ["base", *["rl", "rl", "rl", "rl", "rl", "filter", "rft", "rft"] * 2]
     assert [r["rl_steps"] for r in records if r["phase"] == "eval"] == [0, 2, 3, 3, 5, 6, 6]
     for i in (1, 2):
@@ -434,7 +564,9 @@ def test_interrupted_run_continues_at_the_last_step(small_run, monkeypatch, meth
             rloop.run_method(small_run(name, *options).cfg)
         monkeypatch.setattr(rloop, "sample_groups", real)
         again = small_run(name, *options)
-        again.append("metrics.jsonl", [{"phase": "half a step"}])  # written after the checkpoint: must be dropped
+        again.append(
+            "metrics.jsonl", [{"phase": "half a step"}]
+        )  # written after the checkpoint: must be dropped
         assert without_times(run_whole(small_run(name, *options))) == whole
 
 
@@ -457,18 +589,28 @@ def test_run_interrupted_in_rft_continues_exactly(small_run, monkeypatch, calls)
     monkeypatch.setattr(rloop, "sft_loss", real)
     again = small_run("stopped", *options)
     assert without_times(run_whole(again)) == without_times(whole)
-    names = ("experts/iteration_1.jsonl", "experts/iteration_2.jsonl", "trajectories/iteration_2.jsonl")
+    names = (
+        "experts/iteration_1.jsonl",
+        "experts/iteration_2.jsonl",
+        "trajectories/iteration_2.jsonl",
+    )
     assert all(again.read(name) == small_run("whole", *options).read(name) for name in names)
 
 
 def test_nearly_all_truncated_is_said(small_run, capsys):
     """Fault: a prompt format without EOS scores 0 for a whole run, in silence."""
-    run_whole(small_run("a", "--method", "rl", "--iterations", "1", "--sampling.max_new_tokens", "5"))
-    assert "nearly all responses are cut off: raise sampling.max_new_tokens" in capsys.readouterr().out
+    run_whole(
+        small_run("a", "--method", "rl", "--iterations", "1", "--sampling.max_new_tokens", "5")
+    )
+    assert (
+        "nearly all responses are cut off: raise sampling.max_new_tokens" in capsys.readouterr().out
+    )
     run_whole(small_run("b", "--method", "rl", "--iterations", "1"))
     assert "cut off" not in capsys.readouterr().out
     run_whole(small_run("c", "--method", "eval", "--sampling.max_new_tokens", "5"))
-    assert "nearly all responses are cut off: raise sampling.max_new_tokens" in capsys.readouterr().out
+    assert (
+        "nearly all responses are cut off: raise sampling.max_new_tokens" in capsys.readouterr().out
+    )
 
 
 def test_prompt_is_a_conversation_or_plain_text(countdown_toml, tmp_path):
@@ -476,18 +618,30 @@ def test_prompt_is_a_conversation_or_plain_text(countdown_toml, tmp_path):
     base = ROOT / "data" / "countdown_base"
     (tmp_path / "tokenizer.json").write_text((base / "tokenizer.json").read_text())
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-    tokens = {"eos_token": "<eos>", "chat_template": template.replace("m.role", "'from' if m.role == 'system' else 'make'")}
+    tokens = {
+        "eos_token": "<eos>",
+        "chat_template": template.replace("m.role", "'from' if m.role == 'system' else 'make'"),
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens).replace("assistant:", "="))
     tokenizer = Tokenizer(tmp_path)
-    for chat, expected in (("true", "from: 7\nmake: 3 from 1 2 *\n="), ("false", "7\n\n3 from 1 2 *")):
-        cfg = load_config(countdown_toml, ["--data.chat_template", chat, "--data.prompt", "{problem} *"])
-        assert rloop.encode_prompt(tokenizer, "3 from 1 2", cfg, (("system", "7"),)) == tokenizer.encode(expected)
+    for chat, expected in (
+        ("true", "from: 7\nmake: 3 from 1 2 *\n="),
+        ("false", "7\n\n3 from 1 2 *"),
+    ):
+        cfg = load_config(
+            countdown_toml, ["--data.chat_template", chat, "--data.prompt", "{problem} *"]
+        )
+        assert rloop.encode_prompt(
+            tokenizer, "3 from 1 2", cfg, (("system", "7"),)
+        ) == tokenizer.encode(expected)
 
 
 def test_training_on_held_out_questions_is_refused(small_run, tmp_path):
     """Fault: a run whose training and held-out files share questions starts."""
     file = tmp_path / "p.jsonl"
-    file.write_text("".join(json.dumps({"problem": f"{i}?", "answer": "1"}) + "\n" for i in range(20)))
+    file.write_text(
+        "".join(json.dumps({"problem": f"{i}?", "answer": "1"}) + "\n" for i in range(20))
+    )
     run = small_run("a", "--data.train", str(file), "--data.eval", str(file))
     with pytest.raises(ValueError, match="questions of data.eval"):
         rloop.run_method(run.cfg)
@@ -497,11 +651,15 @@ def test_rl_baseline_has_the_same_budget(small_run):
     """Fault: the baseline gets other numbers of RL steps or trajectories than RLoop, or sees RFT."""
     loop = run_whole(small_run("loop"))
     plain = run_whole(small_run("plain", "--method", "rl"))
-    last_loop, last_plain = ([r for r in records if r["phase"] == "rl"][-1] for records in (loop, plain))
+    last_loop, last_plain = (
+        [r for r in records if r["phase"] == "rl"][-1] for records in (loop, plain)
+    )
     for key in ("rl_steps", "rl/num_trajectories"):
         assert last_loop[key] == last_plain[key]
     assert not [r for r in plain if r["phase"] in ("rft", "filter")]
-    assert without_times(loop)[:3] == without_times(plain)[:3]  # base and the first steps are the same run
+    assert (
+        without_times(loop)[:3] == without_times(plain)[:3]
+    )  # base and the first steps are the same run
 
 
 def test_finished_run_says_so(small_run, capsys):
@@ -565,7 +723,10 @@ def test_dynamic_sampling_refills_with_fresh_problems(small_run, monkeypatch):
     def fake_respond(policy, tokenizer, problems, cfg, *, seed, place, **sampling):
         asked.append([p.id for p in problems])
         flat = len(asked) < 3  # the first two rounds have one usable group each
-        groups = [[trajectory(p.id, reward=float(j == 0 and (i == 0 or not flat))) for j in range(8)] for i, p in enumerate(problems)]
+        groups = [
+            [trajectory(p.id, reward=float(j == 0 and (i == 0 or not flat))) for j in range(8)]
+            for i, p in enumerate(problems)
+        ]
         return groups, {"time/rollout_s": 1.0, "time/verify_s": 1.0}
 
     monkeypatch.setattr(rloop, "respond", fake_respond)
@@ -573,7 +734,11 @@ def test_dynamic_sampling_refills_with_fresh_problems(small_run, monkeypatch):
     run = small_run("a", "--rl.max_sampling_rounds", "5")
     usable, sampled, seconds = rloop.sample_groups(None, None, problems, run, step=1)
     assert [len(ids) for ids in asked] == [4, 3, 2] and len(usable) == 4 and len(sampled) == 9
-    assert len(set(sum(asked, []))) == 9 and seconds["time/rollout_s"] == 3.0 and run.progress.problems_drawn == 9
+    assert (
+        len(set(sum(asked, []))) == 9
+        and seconds["time/rollout_s"] == 3.0
+        and run.progress.problems_drawn == 9
+    )
     asked.clear()
     bounded = small_run("b", "--rl.max_sampling_rounds", "2")
     usable, sampled, _ = rloop.sample_groups(None, None, problems, bounded, step=1)
@@ -585,7 +750,9 @@ def test_equal_problems_stay_separate_groups(small_run, monkeypatch):
     problems = load_problems("countdown:train", size=1) * 4
     run = small_run("a")
     policy, tokenizer = rloop.load_policy(run.cfg), Tokenizer(run.cfg.model.path)
-    groups, _ = rloop.respond(policy, tokenizer, problems, run.cfg, seed=0, place=(0, 1), num_samples=8, temperature=1.0)
+    groups, _ = rloop.respond(
+        policy, tokenizer, problems, run.cfg, seed=0, place=(0, 1), num_samples=8, temperature=1.0
+    )
     assert [len(g) for g in groups] == [8] * 4
     assert len({tuple(tuple(t.ids) for t in g) for g in groups}) == 4
 
@@ -594,8 +761,16 @@ def test_problem_stream_covers_every_epoch(small_run):
     """Fault: problems are repeated or left out within an epoch, or every epoch has the same order."""
     run = small_run("a")
     problems = load_problems("countdown:train", size=10)
-    epochs = [[p.id for p in rloop.next_problems(problems, 5, run) + rloop.next_problems(problems, 5, run)] for _ in range(2)]
-    assert all(sorted(e) == sorted(p.id for p in problems) for e in epochs) and epochs[0] != epochs[1]
+    epochs = [
+        [
+            p.id
+            for p in rloop.next_problems(problems, 5, run) + rloop.next_problems(problems, 5, run)
+        ]
+        for _ in range(2)
+    ]
+    assert (
+        all(sorted(e) == sorted(p.id for p in problems) for e in epochs) and epochs[0] != epochs[1]
+    )
 
 
 def test_bootstrap_interval_covers_the_mean():
@@ -603,19 +778,30 @@ def test_bootstrap_interval_covers_the_mean():
     values = np.random.default_rng(0).random(400)
     low, high = rloop.bootstrap_interval(values)
     half = 1.96 * values.std() / 20
-    assert low == pytest.approx(values.mean() - half, abs=0.004) and high == pytest.approx(values.mean() + half, abs=0.004)
+    assert low == pytest.approx(values.mean() - half, abs=0.004) and high == pytest.approx(
+        values.mean() + half, abs=0.004
+    )
 
 
 def test_evaluate_by_hand(small_run, monkeypatch):
     """Fault: avg@K or pass@k averaged over samples of all problems, or the wrong powers of two."""
     heldout = load_problems("countdown:heldout", size=3)
     correct = [0, 1, 4]
-    fake = [[trajectory(p.id, reward=float(j < c)) for j in range(4)] for p, c in zip(heldout, correct, strict=True)]
+    fake = [
+        [trajectory(p.id, reward=float(j < c)) for j in range(4)]
+        for p, c in zip(heldout, correct, strict=True)
+    ]
     monkeypatch.setattr(rloop, "respond", lambda *args, **kwargs: (fake, {}))
     record = rloop.evaluate(small_run("a"), None, None, heldout, "base")
     assert record["eval/avg@4"] == pytest.approx(5 / 12) == record["eval/pass@1"]
-    assert record["eval/pass@2"] == pytest.approx((0 + 0.5 + 1) / 3) and record["eval/pass@4"] == pytest.approx(2 / 3)
-    assert record["eval/num_problems"] == 3 and record["eval/num_samples"] == 4 and "eval/pass@3" not in record
+    assert record["eval/pass@2"] == pytest.approx((0 + 0.5 + 1) / 3) and record[
+        "eval/pass@4"
+    ] == pytest.approx(2 / 3)
+    assert (
+        record["eval/num_problems"] == 3
+        and record["eval/num_samples"] == 4
+        and "eval/pass@3" not in record
+    )
 
 
 def test_forgotten_and_union_shares_by_hand(small_run, monkeypatch):
@@ -623,7 +809,10 @@ def test_forgotten_and_union_shares_by_hand(small_run, monkeypatch):
     heldout = load_problems("countdown:heldout", size=4)
     run, shares = small_run("a"), []
     for correct in ([1, 2, 0, 0], [0, 1, 0, 0], [0, 0, 3, 0]):
-        fake = [[trajectory(p.id, reward=float(j < c)) for j in range(4)] for p, c in zip(heldout, correct, strict=True)]
+        fake = [
+            [trajectory(p.id, reward=float(j < c)) for j in range(4)]
+            for p, c in zip(heldout, correct, strict=True)
+        ]
         monkeypatch.setattr(rloop, "respond", lambda *args, fake=fake, **kwargs: (fake, {}))
         record = rloop.evaluate(run, None, None, heldout, "rl")
         shares.append((record["eval/forgotten_share"], record["eval/union_share"]))

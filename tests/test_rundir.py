@@ -18,15 +18,27 @@ from config import load_config
 from rundir import RunDir
 
 FILES = (
-    *("trajectories/iteration_1.jsonl", "trajectories/iteration_2.jsonl", "experts/iteration_1.jsonl", "experts/iteration_2.jsonl"),
-    *("evaluations.jsonl", "policies/theta_1/model.safetensors", "policies/theta_2/model.safetensors", "policies/rl_2/model.safetensors"),
+    *(
+        "trajectories/iteration_1.jsonl",
+        "trajectories/iteration_2.jsonl",
+        "experts/iteration_1.jsonl",
+        "experts/iteration_2.jsonl",
+    ),
+    *(
+        "evaluations.jsonl",
+        "policies/theta_1/model.safetensors",
+        "policies/theta_2/model.safetensors",
+        "policies/rl_2/model.safetensors",
+    ),
 )
 TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 
 
 @pytest.fixture
 def config(countdown_toml, tmp_path):
-    return lambda name, *overrides: load_config(countdown_toml, [*SMALL_RUN, "--run_dir", str(tmp_path / name), *overrides])
+    return lambda name, *overrides: load_config(
+        countdown_toml, [*SMALL_RUN, "--run_dir", str(tmp_path / name), *overrides]
+    )
 
 
 def outcome(cfg) -> list:
@@ -38,7 +50,9 @@ def outcome(cfg) -> list:
 
 
 def run_with_own_lock(cfg) -> None:
-    tqdm.set_lock(threading.RLock())  # by default shared with the parent, which would wait for ever for one that died holding it
+    tqdm.set_lock(
+        threading.RLock()
+    )  # by default shared with the parent, which would wait for ever for one that died holding it
     rloop.run_method(cfg)
 
 
@@ -59,7 +73,11 @@ def test_killed_run_continues_to_the_same_bytes(config):
     rloop.run_method(config("whole"))
     start = time.perf_counter()
     rloop.run_method(config("again"))
-    whole, duration, moments = outcome(config("whole")), time.perf_counter() - start, random.Random(0)
+    whole, duration, moments = (
+        outcome(config("whole")),
+        time.perf_counter() - start,
+        random.Random(0),
+    )
     assert outcome(config("again")) == whole
     kills = 0
     for n in range(20):  # one moment in every twentieth of the run, so that every phase is met
@@ -85,12 +103,33 @@ def test_a_run_that_is_killed_again_and_again_comes_to_its_end(config):
 
 def test_sigterm_saves_the_last_step_and_the_run_goes_on(config):
     """Fault: a pre-empted run loses the steps since its last checkpoint, or does not stop."""
-    options = ("--rl.steps", "40", "--save_every", "1000", "--eval.every", "1000", "--iterations", "1", "--method", "rl")
+    options = (
+        "--rl.steps",
+        "40",
+        "--save_every",
+        "1000",
+        "--eval.every",
+        "1000",
+        "--iterations",
+        "1",
+        "--method",
+        "rl",
+    )
     flags = [*SMALL_RUN, *options]
     whole, stopped = config("whole", *options), config("stopped", *options)
     rloop.run_method(whole)
-    command = [sys.executable, "rloop.py", "--config", "configs/countdown.toml", *flags, "--run_dir", stopped.run_dir]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "rloop.py",
+        "--config",
+        "configs/countdown.toml",
+        *flags,
+        "--run_dir",
+        stopped.run_dir,
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while "step   5/40" not in process.stdout.readline():
         assert process.poll() is None
     start = time.perf_counter()
@@ -102,7 +141,9 @@ def test_sigterm_saves_the_last_step_and_the_run_goes_on(config):
     assert RunDir(stopped).progress.rl_steps >= 5
     rloop.run_method(stopped)
     for file in ("trajectories/iteration_1.jsonl", "policies/rl_1/model.safetensors"):
-        assert (RunDir(stopped).path / file).read_bytes() == (RunDir(whole).path / file).read_bytes()
+        assert (RunDir(stopped).path / file).read_bytes() == (
+            RunDir(whole).path / file
+        ).read_bytes()
 
 
 def stopped_run(config, monkeypatch, name="run"):
@@ -126,10 +167,15 @@ def stopped_run(config, monkeypatch, name="run"):
     [
         *((TENSORS, how, TENSORS) for how in ("cut", "gone", "changed")),
         *(("state.json", how, "Error") for how in ("cut", "gone")),
-        *(("../../trajectories/iteration_2.jsonl", how, "trajectories/iteration_2.jsonl") for how in ("cut", "gone")),
+        *(
+            ("../../trajectories/iteration_2.jsonl", how, "trajectories/iteration_2.jsonl")
+            for how in ("cut", "gone")
+        ),
     ],
 )
-def test_damaged_checkpoint_is_set_aside_and_the_older_one_taken(config, monkeypatch, capsys, file, how, said):
+def test_damaged_checkpoint_is_set_aside_and_the_older_one_taken(
+    config, monkeypatch, capsys, file, how, said
+):
     """Fault: a run goes on from half a checkpoint, dies of it with a traceback, or deletes the good one after the next save."""
     rloop.run_method(config("whole"))
     cfg, run = stopped_run(config, monkeypatch)
@@ -141,7 +187,11 @@ def test_damaged_checkpoint_is_set_aside_and_the_older_one_taken(config, monkeyp
         target.write_bytes(data[: len(data) - 20] if how == "cut" else data[:-20] + bytes(20))
     capsys.readouterr()
     rloop.run_method(cfg)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{run.checkpoint} is damaged ("))
+    line = next(
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(f"{run.checkpoint} is damaged (")
+    )
     assert said in line
     assert outcome(cfg) == outcome(config("whole"))
     assert (run.path / "checkpoints" / f"{run.checkpoint.name}.damaged").is_dir()
@@ -153,7 +203,9 @@ def test_all_checkpoints_damaged_changes_nothing(config, monkeypatch):
     for tensors in run.path.glob(f"checkpoints/*/{TENSORS}"):
         tensors.write_bytes(b"")
     before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match=rf"no checkpoint is whole \(.*{TENSORS} has 0 bytes, expected"):
+    with pytest.raises(
+        ValueError, match=rf"no checkpoint is whole \(.*{TENSORS} has 0 bytes, expected"
+    ):
         RunDir(cfg)
     assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
 
@@ -164,7 +216,16 @@ def test_full_disk_while_saving_leaves_the_last_checkpoint(config, tmp_path):
     code = "import resource, signal, sys, rloop\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))\nsys.exit(rloop.main(sys.argv[1:]))"
     cfg = config("run")
-    command = [sys.executable, "-c", code, "--config", "configs/countdown.toml", *SMALL_RUN, "--run_dir", cfg.run_dir]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--config",
+        "configs/countdown.toml",
+        *SMALL_RUN,
+        "--run_dir",
+        cfg.run_dir,
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1, result.stderr
     assert "could not be written" in result.stderr and "000000 is whole" in result.stderr
@@ -179,7 +240,15 @@ def test_two_runs_in_one_directory(config):
     cfg = config("run")
     code = "import sys, time\nfrom config import load_config\nfrom rundir import RunDir\n"
     code += "run = RunDir(load_config(sys.argv[1], sys.argv[2:]))\nprint('open', flush=True)\ntime.sleep(60)"
-    other = [sys.executable, "-c", code, "configs/countdown.toml", *SMALL_RUN, "--run_dir", cfg.run_dir]
+    other = [
+        sys.executable,
+        "-c",
+        code,
+        "configs/countdown.toml",
+        *SMALL_RUN,
+        "--run_dir",
+        cfg.run_dir,
+    ]
     process = subprocess.Popen(other, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "open\n"
     with pytest.raises(ValueError, match="another process is running in this directory"):
@@ -194,7 +263,12 @@ def test_run_directory_that_cannot_be_made(tmp_path, capsys, parent):
     """Fault: a traceback instead of an error that names the path, when a file is in the way or the place is read-only."""
     (tmp_path / "file").write_text("")
     target = str(tmp_path / parent / "run")
-    assert rloop.main(["--config", str(ROOT / "configs/countdown.toml"), *SMALL_RUN, "--run_dir", target]) == 1
+    assert (
+        rloop.main(
+            ["--config", str(ROOT / "configs/countdown.toml"), *SMALL_RUN, "--run_dir", target]
+        )
+        == 1
+    )
     assert parent in capsys.readouterr().err
 
 

@@ -30,14 +30,20 @@ def byte_level(split: str, bos: bool) -> HFTokenizer:
     t = HFTokenizer(models.BPE())
     t.normalizer = None if bos else normalizers.NFC()
     byte_pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_pieces])
+    t.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(split), "isolated"), byte_pieces]
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    t.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    t.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
     t.add_special_tokens(SPECIALS)
     t.decoder = decoders.ByteLevel()
     t.post_processor = processors.ByteLevel(trim_offsets=False)
     if bos:
-        template = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", t.token_to_id("<|bos|>"))])
+        template = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", t.token_to_id("<|bos|>"))]
+        )
         t.post_processor = processors.Sequence([t.post_processor, template])
     return t
 
@@ -46,37 +52,77 @@ def sentencepiece_bpe() -> HFTokenizer:
     """BPE with byte fallback as converted from SentencePiece: Llama 2, TinyLlama."""
     pieces = HFTokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bytes_ = [f"<0x{b:02X}>" for b in range(256)]
-    pieces.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trainer = trainers.BpeTrainer(vocab_size=450, special_tokens=[*LLAMA2_SPECIALS, *bytes_], limit_alphabet=60, show_progress=False)
+    pieces.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=450,
+        special_tokens=[*LLAMA2_SPECIALS, *bytes_],
+        limit_alphabet=60,
+        show_progress=False,
+    )
     pieces.train_from_iterator(CORPUS, trainer)
     value = json.loads(pieces.to_str())
-    value["added_tokens"] = [token for token in value["added_tokens"] if token["content"] in LLAMA2_SPECIALS]
+    value["added_tokens"] = [
+        token for token in value["added_tokens"] if token["content"] in LLAMA2_SPECIALS
+    ]
     t = HFTokenizer.from_str(json.dumps(value))
     t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    t.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     return t
 
 
 def unigram() -> HFTokenizer:
     t = HFTokenizer(models.Unigram())
-    t.normalizer, t.pre_tokenizer, t.decoder = normalizers.NFKC(), pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=LLAMA2_SPECIALS, unk_token="<unk>", show_progress=False)
+    t.normalizer, t.pre_tokenizer, t.decoder = (
+        normalizers.NFKC(),
+        pre_tokenizers.Metaspace(),
+        decoders.Metaspace(),
+    )
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150, special_tokens=LLAMA2_SPECIALS, unk_token="<unk>", show_progress=False
+    )
     t.train_from_iterator(CORPUS, trainer)
-    t.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    t.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     return t
 
 
 def added(text: str) -> dict:
     """A special token as older tokenizer_config.json files write it."""
-    return {"__type": "AddedToken", "content": text, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    return {
+        "__type": "AddedToken",
+        "content": text,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+    }
 
 
 NEW_NAMES = {"bos_token": "<|bos|>", "eos_token": "<|eot|>", "pad_token": added("<|end|>")}
 OLD_NAMES = {"bos_token": added("<s>"), "eos_token": "</s>", "unk_token": "<unk>"}
 TOKENIZERS = {
-    "qwen": (lambda: byte_level(QWEN_SPLIT, bos=False), {"tokenizer_class": "Qwen2Tokenizer", **NEW_NAMES}),
-    "llama3": (lambda: byte_level(QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|"), bos=True), NEW_NAMES),
-    "llama3-split": (lambda: byte_level(QWEN_SPLIT, bos=True), NEW_NAMES | {"split_special_tokens": True}),
+    "qwen": (
+        lambda: byte_level(QWEN_SPLIT, bos=False),
+        {"tokenizer_class": "Qwen2Tokenizer", **NEW_NAMES},
+    ),
+    "llama3": (
+        lambda: byte_level(QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|"), bos=True),
+        NEW_NAMES,
+    ),
+    "llama3-split": (
+        lambda: byte_level(QWEN_SPLIT, bos=True),
+        NEW_NAMES | {"split_special_tokens": True},
+    ),
     "llama2": (sentencepiece_bpe, OLD_NAMES),
     "unigram": (unigram, OLD_NAMES),
 }
@@ -97,7 +143,9 @@ def test_ids_equal_transformers(name, tmp_path):
     for text in [*TEXTS, *CORPUS, "".join(TEXTS) * 20]:
         assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids, text
         assert ours.encode(text, add_special_tokens=True) == theirs(text).input_ids, text
-        assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text), skip_special_tokens=True), text
+        assert ours.decode(ours.encode(text)) == theirs.decode(
+            ours.encode(text), skip_special_tokens=True
+        ), text
     assert (ours.encode("", add_special_tokens=True) != []) == (name != "qwen")
 
 
@@ -106,8 +154,39 @@ def test_embedded_tokenizer_ids_are_pinned():
     tokenizer = Tokenizer(ROOT / "data" / "countdown_base")
     theirs = transformers.AutoTokenizer.from_pretrained(ROOT / "data" / "countdown_base")
     text = "make 16 from 3 5 20: 3 + 5 = 8, 8 * (2 / 1) - 0 = 16<eos>"
-    expected = [1, 28, 2, 15, 17, 32, 3, 15, 6, 17, 5, 20, 4, 20, 8, 10, 14, 9, 13, 11, 7, 12, 5, 28, 0]
-    assert tokenizer.encode(text) == tokenizer.encode(text, add_special_tokens=True) == theirs(text).input_ids == expected
+    expected = [
+        1,
+        28,
+        2,
+        15,
+        17,
+        32,
+        3,
+        15,
+        6,
+        17,
+        5,
+        20,
+        4,
+        20,
+        8,
+        10,
+        14,
+        9,
+        13,
+        11,
+        7,
+        12,
+        5,
+        28,
+        0,
+    ]
+    assert (
+        tokenizer.encode(text)
+        == tokenizer.encode(text, add_special_tokens=True)
+        == theirs(text).input_ids
+        == expected
+    )
 
 
 def test_settings_of_training_do_not_cut_prompts(tmp_path):
@@ -118,7 +197,10 @@ def test_settings_of_training_do_not_cut_prompts(tmp_path):
     stored.enable_truncation(8)
     stored.enable_padding(length=200)
     stored.save(str(tmp_path / "tokenizer.json"))
-    assert len(expected) > 20 and Tokenizer(tmp_path).encode(CORPUS[0], add_special_tokens=True) == expected
+    assert (
+        len(expected) > 20
+        and Tokenizer(tmp_path).encode(CORPUS[0], add_special_tokens=True) == expected
+    )
 
 
 def test_named_special_token_is_special(tmp_path):
@@ -126,7 +208,11 @@ def test_named_special_token_is_special(tmp_path):
     that the vocabulary lacks gets an id behind the model's embedding."""
     vocabulary = {"<s>": 0, "</s>": 1, **{c: i for i, c in enumerate("</s>abcd ", start=2)}}
     HFTokenizer(models.BPE(vocabulary, [])).save(str(tmp_path / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": added("</s>"), "tokenizer_class": "PreTrainedTokenizerFast"}
+    names = {
+        "bos_token": "<s>",
+        "eos_token": added("</s>"),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | {"pad_token": "[absent]"}))
     ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert ours.encode("<s>ab</s>") == theirs("<s>ab</s>", add_special_tokens=False).input_ids
@@ -149,13 +235,20 @@ def test_stop_ids_are_the_union(where, tmp_path):
     ids = [Tokenizer(tmp_path).encode(token)[0] for token in SPECIALS]
     (tmp_path / where).write_text(json.dumps({"eos_token_id": [ids[2], ids[1]]}))
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.stop_ids == {ids[1], ids[2]} and tokenizer.eos_id == ids[1]  # the tokenizer's own comes first
+    assert (
+        tokenizer.stop_ids == {ids[1], ids[2]} and tokenizer.eos_id == ids[1]
+    )  # the tokenizer's own comes first
 
 
-@pytest.mark.parametrize(("end", "expected"), [("<|eot|>", ["<|eot|>", "<|end|>"]), ("", ["<|end|>"]), (" .", ["<|end|>"])])
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [("<|eot|>", ["<|eot|>", "<|end|>"]), ("", ["<|end|>"]), (" .", ["<|end|>"])],
+)
 def test_end_of_a_turn_stops_a_chat(end, expected, tmp_path):
     """Fault: a base model (EOS <|endoftext|>) that chats (<|im_end|>) never stops, or stops at the plain text behind a message."""
-    write_checkpoint(tmp_path, "qwen", eos_token="<|end|>", chat_template=CHATML.replace("<|eot|>", end))
+    write_checkpoint(
+        tmp_path, "qwen", eos_token="<|end|>", chat_template=CHATML.replace("<|eot|>", end)
+    )
     tokenizer = Tokenizer(tmp_path, chat=True)
     ids = [tokenizer.encode(token)[0] for token in expected]
     assert tokenizer.stop_ids == set(ids) and tokenizer.eos_id == ids[0]
@@ -246,10 +339,19 @@ ODDS = """{# a comment #}
 {{ unk_token }}|{{ pad_token }}|{{ sep_token is defined }}|{{ documents is none }}|{{ missing }}|{{ 'name' in messages[-1] }}
 {{ messages | map(attribute='content') | join('&') | upper }}
 """
-TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "thinking": THINKING, "alternating": ALTERNATING, "odds": ODDS}
+TEMPLATES = {
+    "chatml": CHATML,
+    "headers": HEADERS,
+    "thinking": THINKING,
+    "alternating": ALTERNATING,
+    "odds": ODDS,
+}
 CHATS = [
     [{"role": "user", "content": "What is 12 + 345?"}],
-    [{"role": "system", "content": "  Be <b>brief</b> & 'exact'.\n"}, {"role": "user", "content": " 2 < 3?\n", "name": None}],
+    [
+        {"role": "system", "content": "  Be <b>brief</b> & 'exact'.\n"},
+        {"role": "user", "content": " 2 < 3?\n", "name": None},
+    ],
     [
         {"role": "user", "content": "größer 😀 <|eot|>"},
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"},
@@ -269,8 +371,12 @@ def test_chat_equals_transformers(name, template, chat, tmp_path):
     write_checkpoint(tmp_path, name, chat_template=TEMPLATES[template])
     ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = ours.render_chat(CHATS[chat])
-    assert text == theirs.apply_chat_template(CHATS[chat], add_generation_prompt=True, tokenize=False)
-    assert ours.encode(text) == theirs.apply_chat_template(CHATS[chat], add_generation_prompt=True, return_dict=False)
+    assert text == theirs.apply_chat_template(
+        CHATS[chat], add_generation_prompt=True, tokenize=False
+    )
+    assert ours.encode(text) == theirs.apply_chat_template(
+        CHATS[chat], add_generation_prompt=True, return_dict=False
+    )
 
 
 @pytest.mark.parametrize("place", ["config", "list", "file", "file and config"])
@@ -288,11 +394,17 @@ def test_chat_template_is_found_where_transformers_finds_it(place, tmp_path):
     assert text.startswith("<|bos|>system\nYou are")
 
 
-@pytest.mark.parametrize("decoder", [{}, {"added_tokens_decoder": {"400": {"content": "<|bos|>", "special": True}}}])
+@pytest.mark.parametrize(
+    "decoder", [{}, {"added_tokens_decoder": {"400": {"content": "<|bos|>", "special": True}}}]
+)
 def test_special_tokens_of_an_old_checkpoint(decoder, tmp_path):
     """Fault: special tokens named in special_tokens_map.json only are empty in the chat; or the map overrides a newer configuration."""
-    write_checkpoint(tmp_path, chat_template="{{ bos_token }},{{ eos_token }},{{ pad_token }}", **decoder)
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|end|>"}, "bos_token": "<|eot|>"}))
+    write_checkpoint(
+        tmp_path, chat_template="{{ bos_token }},{{ eos_token }},{{ pad_token }}", **decoder
+    )
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": {"content": "<|end|>"}, "bos_token": "<|eot|>"})
+    )
     ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert ours.render_chat(CHATS[0]) == theirs.apply_chat_template(CHATS[0], tokenize=False)
     assert ours.eos_id == theirs.eos_token_id
@@ -301,7 +413,9 @@ def test_special_tokens_of_an_old_checkpoint(decoder, tmp_path):
 def test_checkpoint_without_chat_template_says_what_to_do(tmp_path):
     """Fault: a base model is asked in no format at all, or the error leaves the user alone."""
     write_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="tokenizer_config.json: no chat template; set data.chat_template = false"):
+    with pytest.raises(
+        ValueError, match="tokenizer_config.json: no chat template; set data.chat_template = false"
+    ):
         Tokenizer(tmp_path).render_chat(CHATS[0])
     write_checkpoint(tmp_path, chat_template=[{"name": "tool_use", "template": "x"}])
     with pytest.raises(ValueError, match="no chat template"):
@@ -316,7 +430,11 @@ def test_checkpoint_without_chat_template_says_what_to_do(tmp_path):
         ("{{ 1 / 0 }}", CHATS[0], "ZeroDivisionError"),
         ("{{ messages.append(1) }}", CHATS[0], "SecurityError"),
         ("{{ ''.__class__.__base__.__subclasses__() }}", CHATS[0], "SecurityError"),
-        ("{{ raise_exception.__globals__ }}{{ strftime_now.__code__.co_consts }}", CHATS[0], "SecurityError"),
+        (
+            "{{ raise_exception.__globals__ }}{{ strftime_now.__code__.co_consts }}",
+            CHATS[0],
+            "SecurityError",
+        ),
         ("{% include 'tokenizer.json' %}", CHATS[0], "loader"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", CHATS[0], "RecursionError"),
     ],

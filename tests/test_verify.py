@@ -18,10 +18,26 @@ import pytest
 
 import equality
 import verify as verify_module
-from verify import answers_match, check_gold, extract_answer, verify, verify_countdown, verify_many, verify_math
+from verify import (
+    answers_match,
+    check_gold,
+    extract_answer,
+    verify,
+    verify_countdown,
+    verify_many,
+    verify_math,
+)
 
-CASES = [json.loads(line) for line in Path(__file__).with_name("verify_cases.jsonl").read_text(encoding="utf-8").splitlines()]
-SLOW_INTEGRAL = r"\int_0^{1} \frac{\sin(\sqrt{x})\ln(x+\cos x)}{1+x^5} dx"  # sympy does not finish it
+CASES = [
+    json.loads(line)
+    for line in Path(__file__)
+    .with_name("verify_cases.jsonl")
+    .read_text(encoding="utf-8")
+    .splitlines()
+]
+SLOW_INTEGRAL = (
+    r"\int_0^{1} \frac{\sin(\sqrt{x})\ln(x+\cos x)}{1+x^5} dx"  # sympy does not finish it
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,29 +141,44 @@ def test_verify_countdown_rejects(response, reason):
 def test_verify_countdown_exact_rationals():
     """Floats would call 8 / (3 - 8/3) not quite 24, and accept a quotient that is only nearly right."""
     assert verify_countdown("8 / (3 - 8/3)", (3, 3, 8, 8), 24).correct
-    assert verify_countdown("8/3 = 8/3, 3 - 8/3", (3, 3, 8), Fraction(1, 3)).correct is False  # the board then holds 8/3 as one number
+    assert (
+        verify_countdown("8/3 = 8/3, 3 - 8/3", (3, 3, 8), Fraction(1, 3)).correct is False
+    )  # the board then holds 8/3 as one number
     assert verify_countdown(r"\frac{8}{3 - \frac{8}{3}} = 24", (3, 3, 8, 8), 24).correct
     assert not verify_countdown("1/3 = 0.333, 3*4", (1, 3, 3, 4), 4).correct
-    assert not verify_countdown("100000000000000000/3*3+1", (100000000000000000, 3, 3, 1), 100000000000000000).correct
+    assert not verify_countdown(
+        "100000000000000000/3*3+1", (100000000000000000, 3, 3, 1), 100000000000000000
+    ).correct
 
 
 def test_verify_countdown_negative_intermediate():
     """Would lose a derivation that passes through a negative number, or lend a sign to a given one."""
     assert verify_countdown("3 - 5 = -2, -2 + 18 = 16", (3, 5, 18), 16).correct
     assert verify_countdown("3 - 5 = -2, 18 + -2 = 16", (3, 5, 18), 16).correct
-    assert not verify_countdown("3 - 5 = -2, 18 - 2 = 16", (3, 5, 18), 16).correct  # 2 is not on the board, -2 is
+    assert not verify_countdown(
+        "3 - 5 = -2, 18 - 2 = 16", (3, 5, 18), 16
+    ).correct  # 2 is not on the board, -2 is
 
 
 def test_verify_countdown_brute_force():
     """Would misjudge precedence, associativity or the use of a number: every tree on three numbers, judged by Python's own Fractions."""
-    operators = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__, "/": Fraction.__truediv__}
+    operators = {
+        "+": Fraction.__add__,
+        "-": Fraction.__sub__,
+        "*": Fraction.__mul__,
+        "/": Fraction.__truediv__,
+    }
     numbers = (6, 4, 3)
     a, b, c = map(Fraction, numbers)
     for o, f in operators.items():
         for p, g in operators.items():
             left, right = g(f(a, b), c), f(a, g(b, c))
             flat = left if (o in "*/" or p in "+-") else right
-            for text, value in ((f"(6{o}4){p}3", left), (f"6{o}(4{p}3)", right), (f"6 {o} 4 {p} 3", flat)):
+            for text, value in (
+                (f"(6{o}4){p}3", left),
+                (f"6{o}(4{p}3)", right),
+                (f"6 {o} 4 {p} 3", flat),
+            ):
                 assert verify_countdown(text, numbers, value).correct
                 assert not verify_countdown(text, numbers, value + 1).correct
                 assert not verify_countdown(text, (6, 4, 4), value).correct
@@ -266,7 +297,9 @@ def test_verify_cases_both_ways():
         assert counts[name, True] and counts[name, False], name
 
 
-@pytest.mark.parametrize("gold", ["", " ", "$$", "?", "\\frac{1}{", "((", "5+", "\\boxed{}", "x" * 3000])
+@pytest.mark.parametrize(
+    "gold", ["", " ", "$$", "?", "\\frac{1}{", "((", "5+", "\\boxed{}", "x" * 3000]
+)
 def test_unparsable_gold(gold):
     """Would turn a broken gold answer into a reward for whatever equals it, instead of an error at load time."""
     with pytest.raises(ValueError, match="gold"):
@@ -277,7 +310,16 @@ def test_unparsable_gold(gold):
 
 
 @pytest.mark.parametrize(
-    "gold", ["42", "\\text{Evelyn}", "MR=SRMC", "$(-\\infty, 0) \\cup\\{1\\}$.", "f(n)=n$, $g(n)=1", "12:00", "3 bushels"]
+    "gold",
+    [
+        "42",
+        "\\text{Evelyn}",
+        "MR=SRMC",
+        "$(-\\infty, 0) \\cup\\{1\\}$.",
+        "f(n)=n$, $g(n)=1",
+        "12:00",
+        "3 bushels",
+    ],
 )
 def test_check_gold_accepts(gold):
     """Would refuse a data set for gold answers that are fine."""
@@ -330,7 +372,15 @@ SLOW_IN_PROCESS = [
 
 
 @pytest.mark.parametrize(
-    "gold", ["42", "x^2+\\sqrt{2}", "y=2x+1", "\\{1,2,\\sqrt{3}\\}", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "[0,1)"]
+    "gold",
+    [
+        "42",
+        "x^2+\\sqrt{2}",
+        "y=2x+1",
+        "\\{1,2,\\sqrt{3}\\}",
+        "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}",
+        "[0,1)",
+    ],
 )
 def test_hostile_text_in_process(gold):
     """Would block the main process, where nothing is killed at a deadline: matrix powers of exponential size, sums of transcendental
@@ -342,7 +392,16 @@ def test_hostile_text_in_process(gold):
 
 
 @pytest.mark.parametrize(
-    "text", ["\\max(1,e)", "\\min(3,\\pi,x)", "\\exp(1,2)", "\\ln(0,z)", "\\log_{2}(3,4,5)", "\\gcd(1,e)", "\\binom{e}{i}"]
+    "text",
+    [
+        "\\max(1,e)",
+        "\\min(3,\\pi,x)",
+        "\\exp(1,2)",
+        "\\ln(0,z)",
+        "\\log_{2}(3,4,5)",
+        "\\gcd(1,e)",
+        "\\binom{e}{i}",
+    ],
 )
 def test_compare_never_raises(text):
     """Would raise TypeError: an mpmath number compared with a Fraction, a function of too many arguments."""
@@ -354,7 +413,12 @@ def test_nothing_is_executed(tmp_path):
     """Would run code that stands in an answer."""
     marker = tmp_path / "executed"
     code = f"__import__('pathlib').Path({str(marker)!r}).touch()"
-    for text in (code, f"\\text{{{code}}}", f"\\int_0^1 {code} dx", f"\\sum_{{k=1}}^{{\\infty}} {code}"):
+    for text in (
+        code,
+        f"\\text{{{code}}}",
+        f"\\int_0^1 {code} dx",
+        f"\\sum_{{k=1}}^{{\\infty}} {code}",
+    ):
         answers_match("42", text)
         answers_match(text, text)
     assert not marker.exists()
@@ -368,7 +432,11 @@ def test_verify_imports_no_torch():
 
 def test_answers_match_fast():
     """Would make verification a visible share of a step: plain answers must take less than half a millisecond."""
-    pairs = [(c["gold"], c["answer"]) for c in CASES if c["class"] in ("integers", "fractions", "decimals", "roots", "separators")]
+    pairs = [
+        (c["gold"], c["answer"])
+        for c in CASES
+        if c["class"] in ("integers", "fractions", "decimals", "roots", "separators")
+    ]
     seconds = []
     for gold, answer in pairs * 3:
         equality.read.cache_clear()
@@ -398,7 +466,9 @@ def test_worker_reused():
     answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0)
     pid = verify_module._idle[-1].process.pid
     for n in range(3):
-        assert answers_match(f"\\frac{{1}}{{{n + 1}}}", f"\\int_0^1 x^{{{n}}} dx", timeout_s=20.0).correct
+        assert answers_match(
+            f"\\frac{{1}}{{{n + 1}}}", f"\\int_0^1 x^{{{n}}} dx", timeout_s=20.0
+        ).correct
     assert verify_module._idle[-1].process.pid == pid
 
 
@@ -422,7 +492,13 @@ def test_workers_from_threads():
     verdicts = {}
     threads = [
         threading.Thread(
-            target=lambda n=n: verdicts.update({n: answers_match(f"1/{n + 1 + n % 2}", f"\\int_0^1 x^{n} dx", timeout_s=20.0).correct})
+            target=lambda n=n: verdicts.update(
+                {
+                    n: answers_match(
+                        f"1/{n + 1 + n % 2}", f"\\int_0^1 x^{n} dx", timeout_s=20.0
+                    ).correct
+                }
+            )
         )
         for n in range(1, 5)
     ]
@@ -438,9 +514,19 @@ def test_workers_from_threads():
 
 def test_verify_many_order_with_workers():
     """Would return verdicts in the order in which the workers finish."""
-    problems = [Problem(answer="1/3"), Problem(answer="42"), Problem(kind="countdown", numbers=(4, 2), target=2), Problem(answer="1/2")]
+    problems = [
+        Problem(answer="1/3"),
+        Problem(answer="42"),
+        Problem(kind="countdown", numbers=(4, 2), target=2),
+        Problem(answer="1/2"),
+    ]
     responses = ["\\boxed{\\int_0^1 x^2 dx}", "42", "4 - 2", "\\boxed{\\int_0^1 x^2 dx}"]
-    assert [v.correct for v in verify_many(problems, responses, timeout_s=20.0)] == [True, True, True, False]
+    assert [v.correct for v in verify_many(problems, responses, timeout_s=20.0)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_verify_dispatch():
@@ -454,7 +540,10 @@ def test_verify_dispatch():
 
 def test_verify_many_order():
     """Would return verdicts in another order than the responses."""
-    problems = [Problem(answer=str(i)) if i % 2 else Problem(kind="countdown", numbers=(i,), target=i) for i in range(20)]
+    problems = [
+        Problem(answer=str(i)) if i % 2 else Problem(kind="countdown", numbers=(i,), target=i)
+        for i in range(20)
+    ]
     responses = [str(i if i % 3 else i + 1) for i in range(20)]
     verdicts = verify_many(problems, responses)
     assert [v.correct for v in verdicts] == [i % 3 != 0 for i in range(20)]

@@ -19,6 +19,11 @@ DTYPES = ("float32", "bfloat16")
 AGGREGATIONS = ("token", "sequence", "constant")
 
 
+class UserError(ValueError):
+    """The user's to mend: config, data, model directory or disk. Printed as one line, without a
+    traceback; every other exception is a fault of the program and shows its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str  # Hugging Face directory of theta_0: config.json, tokenizer.json, *.safetensors

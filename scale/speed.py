@@ -77,7 +77,7 @@ def pack_layers(copy: Transformer) -> None:
         for name, layer in module.named_children():
             if isinstance(layer, Linear) and can_pack(layer.weight):
                 setattr(module, name, PackedLinear(layer.weight, layer.bias))
-    if can_pack(copy.head_weight):  # a tied head
+    if copy.lm_head is None and can_pack(copy.head_weight):  # a tied head
         copy.lm_head = PackedLinear(copy.head_weight, None)
 
 

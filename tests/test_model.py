@@ -1,5 +1,7 @@
 """model.py against transformers, and the cache against the full forward."""
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -111,3 +113,39 @@ def test_weights_stay_float32_where_activations_are_bfloat16(tiny):
     assert (half != half.bfloat16()).float().mean() > 0.5  # sums of several micro-batches
     print((half - exact).norm() / exact.norm())
     assert 0 < (half - exact).norm() < 0.05 * exact.norm()
+
+
+def test_compiled_blocks_give_the_same_logprobs_gradients_and_samples(tiny, monkeypatch):
+    """Fault: torch.compile changes what is computed or the names of the weights, or compiles every
+    block or every number of tokens again. (The graphs run without generated C++, which takes a
+    minute to compile; test_speed.py runs some with it.)"""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    groups = [
+        [Row(prompt_ids=[3, 4, 5], ids=ids) for ids in ([6, 7, 8, 9], [10, 11])],
+        [Row(prompt_ids=[12], ids=ids) for ids in ([13, 14, 15], [16])],
+    ]
+    options = {"num_samples": 3, "max_new_tokens": 6, "stop_ids": set(), "seed": 1, "max_rows": 9}
+
+    def results():
+        tiny.zero_grad()
+        logp, entropy = token_logprobs(tiny, pack(groups))
+        logp.sum().backward()
+        gradients = [weight.grad.clone() for weight in tiny.parameters()]
+        completions = sample(tiny, [[3, 4, 5], [6]], **options)
+        return logp.detach(), entropy, gradients, [c.ids for group in completions for c in group]
+
+    logp, entropy, gradients, ids = results()
+    names = set(tiny.state_dict())
+    tiny.compile_blocks()
+    compiled = results()
+    torch.testing.assert_close(compiled[0], logp, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled[1], entropy, atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(compiled[2], gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    assert compiled[3] == ids
+    assert set(tiny.state_dict()) == names
+    longer = [Row(prompt_ids=[3, 4], ids=[6, 7, 8, 9, 10, 11]), Row(prompt_ids=[3, 4], ids=[1, 2])]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        token_logprobs(tiny, pack([longer]))[0].sum().backward()
+        sample(tiny, [[1, 2, 3, 4], [6, 7], [8]], **options)

@@ -62,11 +62,14 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 # torch.compile takes oneDNN's operator with constant weights only, but any weights of one of ours
-torch.library.define("rloop::packed_linear", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
-torch.library.impl("rloop::packed_linear", "CompositeExplicitAutograd", packed_linear)
-torch.library.register_fake(
-    "rloop::packed_linear", lambda x, packed, bias: x.new_empty(*x.shape[:-1], len(packed))
-)
+if not hasattr(torch.ops.rloop, "packed_linear"):  # this file may be imported under two names
+    torch.library.define(
+        "rloop::packed_linear", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor"
+    )
+    torch.library.impl("rloop::packed_linear", "CompositeExplicitAutograd", packed_linear)
+    torch.library.register_fake(
+        "rloop::packed_linear", lambda x, packed, bias: x.new_empty(*x.shape[:-1], len(packed))
+    )
 
 
 def pack_layers(copy: Transformer) -> None:

@@ -1,8 +1,10 @@
 """scale/speed.py: every faster part against the plain one that it replaces."""
 
 import ast
+import importlib.util
 import resource
 import sys
+import unittest.mock
 
 import pytest
 import torch
@@ -72,6 +74,15 @@ def test_swap_in_replaces_the_plain_parts():
     assert packing.Packed.attend is PLAIN_ATTEND and sampler.swap_layers is PLAIN_LAYERS
     speed.swap_in()
     assert packing.Packed.attend is speed.attend and sampler.swap_layers is speed.pack_layers
+
+
+def test_second_import_under_another_name():
+    """Fault: an operator is defined twice, which PyTorch refuses."""
+    spec = importlib.util.spec_from_file_location("speed_again", ROOT / "scale" / "speed.py")
+    again = importlib.util.module_from_spec(spec)
+    with unittest.mock.patch.dict(sys.modules, {"speed_again": again}):
+        spec.loader.exec_module(again)
+    assert again.PackedLinear is not speed.PackedLinear
 
 
 # ---- memory

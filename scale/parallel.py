@@ -42,6 +42,8 @@ def processes() -> Iterator[None]:
     From here on Ctrl-C and SIGTERM set a flag (stop_requested). A second Ctrl-C ends a run of one
     process at once. Raises UserError when another process has died.
     """
+    global _stop
+    _stop = False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _request_stop)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -72,9 +74,7 @@ def processes() -> Iterator[None]:
 def _request_stop(number: int, _) -> None:
     global _stop
     _stop = True
-    if (
-        not dist.is_initialized()
-    ):  # torchrun repeats the signal, so there a second one means nothing
+    if not dist.is_initialized():  # torchrun repeats the signal: there a second one means nothing
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -610,7 +610,7 @@ def rft(run: RunDir, policy: Transformer, pairs: list[tuple[list[int], list[int]
                 record |= {"rft/loss": step_loss, "rft/lr": lr, "rft/grad_norm": grad_norm}
                 line = f"RFT {now.iteration + 1} epoch {epoch + 1}/{cfg.rft.epochs}  loss {np.mean(losses[-steps_per_epoch:]):.4f}"
                 run.log(record, line if position == steps_per_epoch - 1 else None)
-            if (step + 1) % cfg.rft.save_every == 0 or step + 1 == num_steps:
+            if (step + 1) % cfg.save_every == 0 or step + 1 == num_steps:
                 run.save(policy, optimizer)
     except KeyboardInterrupt:
         if now.rft_step > 0:
@@ -786,12 +786,7 @@ def run_rl(
 def run_sft(run: RunDir, policy: Transformer, tokenizer: Tokenizer, heldout: list[Problem]) -> None:
     """The RFT loop on given demonstrations: it builds the embedded base policy."""
     cfg = run.cfg
-    demonstrations = load_demonstrations(
-        cfg.data.demonstrations,
-        size=cfg.data.num_demonstrations,
-        seed=cfg.seed,
-        **countdown_options(cfg),
-    )
+    demonstrations = load_demonstrations(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed)
     rft(
         run,
         policy,
@@ -827,20 +822,12 @@ def load_policy(cfg: Config) -> Transformer:
     )
 
 
-def countdown_options(cfg: Config) -> dict[str, int]:
-    return {
-        "countdown_numbers": cfg.data.countdown_numbers,
-        "countdown_max": cfg.data.countdown_max,
-    }
-
-
 def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems; the training ones are drawn by cfg.seed, the held-out ones are the same for every seed."""
-    options = countdown_options(cfg)
-    heldout = load_problems(cfg.data.eval, size=cfg.data.eval_size, seed=0, **options)
+    heldout = load_problems(cfg.data.eval, size=cfg.data.eval_size, seed=0)
     if cfg.method in ("eval", "sft"):
         return [], heldout
-    problems = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed, **options)
+    problems = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed)
     check_overlap(problems, heldout, cfg.data.train, cfg.data.eval)
     return problems, heldout
 

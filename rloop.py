@@ -828,7 +828,7 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
     if cfg.method in ("eval", "sft"):
         return [], heldout
     problems = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed)
-    check_overlap(problems, heldout, cfg.data.train, cfg.data.eval)
+    check_overlap(problems, heldout)
     return problems, heldout
 
 

@@ -11,7 +11,6 @@ from data import countdown, files
 from verify import answers_match, ask_worker, check_gold
 
 GYM_GENERATION_S = 600.0
-MAX_SHOWN = 20  # unreadable gold answers that an error lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,19 +147,16 @@ def _file_problems(source: str) -> list[Problem]:
         first = problems.setdefault(key, problem)
         if key_of_id.setdefault(first.id, key) != key:
             raise UserError(f"{where}: id {first.id!r} belongs to an earlier, different question")
-        same = problem.answer == first.answer or answers_match(first.answer, problem.answer).correct
-        if not same:
+        equal = first.answer == problem.answer
+        if not (equal or answers_match(first.answer, problem.answer).correct):
             contradicted[key] = where
     if unreadable:
-        shown = "".join(unreadable[:MAX_SHOWN]) + "\n  ..." * (len(unreadable) > MAX_SHOWN)
         raise UserError(
             f"{source}: {len(unreadable)} of {num_records} gold answers are unreadable; correct or "
-            f"remove these records:{shown}"
+            f"remove these records, of which at most 20 are shown:{''.join(unreadable[:20])}"
         )
     if num_records > len(problems):
-        print(
-            f"{source}: {num_records} records, {len(problems)} different questions, each taken once"
-        )
+        print(f"{source}: {num_records} records, of which {len(problems)} are different questions")
     if contradicted:
         place = next(iter(contradicted.values()))
         count = f"{len(contradicted)} questions with contradicting answers"

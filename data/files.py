@@ -17,11 +17,12 @@ ANSWERS = ("answer", "final_answer", "expected_answer", "ground_truth", JUDGE, "
 IDS = ("id", "unique_id")
 
 # DAPO-Math-17k and its AIME-2024 put their prompt template into each question; data.prompt is ours.
-_DAPO_HEAD = re.compile(
+_DAPO = re.compile(
     r"\s*Solve the following math problem step by step\. The last line of your response should be "
-    r"of the form Answer:.*\n\s*"
+    r"of the form Answer:[^\n]*\n\s*(.*?)"
+    r'(?:\s*Remember to put your answer on its own line after "Answer:"\.\s*)?',
+    re.DOTALL,
 )
-_DAPO_TAIL = re.compile(r'\s*Remember to put your answer on its own line after "Answer:"\.\s*$')
 
 
 def read_records(path: str) -> Iterator[tuple[dict, str]]:
@@ -41,25 +42,23 @@ def read_records(path: str) -> Iterator[tuple[dict, str]]:
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected an object, got {str(record)[:60]!r}")
             yield record, where
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not valid JSON or UTF-8: {error}") from None
+    except UserError:
+        raise
+    except (ValueError, csv.Error) as error:  # of json, the encoding, csv or pyarrow
+        raise UserError(f"{where}: not valid {Path(path).suffix}: {error}") from None
     if record is None:
         raise UserError(f"data source {path}: holds no records")
 
 
 def _rows(path: str) -> Iterator:
-    """The rows of a file: lines of .jsonl, else what the file's reader makes of a record."""
+    """The rows of a file: the lines of a .jsonl file, else records."""
     if path.endswith(".parquet"):
         try:
-            import pyarrow
             import pyarrow.parquet
         except ImportError:
             raise UserError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
-        try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=10_000):
-                yield from batch.to_pylist()
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path}: not a readable parquet file: {error}") from None
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=10_000):
+            yield from batch.to_pylist()
         return
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.endswith(".jsonl"):
@@ -90,16 +89,16 @@ def question(record: dict, where: str) -> tuple[str, tuple[tuple[str, str], ...]
         *context, (_, text) = pairs
     else:
         text = text_of(record, QUESTIONS, where)
-    head = _DAPO_HEAD.match(text)
-    return _DAPO_TAIL.sub("", text[head.end() :]) if head else text, tuple(context)
+    dapo = _DAPO.fullmatch(text)
+    return dapo[1] if dapo else text, tuple(context)
 
 
 def gold_answer(record: dict, where: str) -> tuple[str, float]:
     """The gold answer's text and its absolute tolerance.
 
-    The text is reward_model.ground_truth (verl); or an answer field, of which a list is joined
-    (OlympiadBench); or the last \\boxed of the solution (MATH, Minerva). Of it, what follows
-    `####` counts (GSM8K), with the record's unit. Raises UserError.
+    The text comes from reward_model.ground_truth (verl), else from an answer field, whose list is
+    joined (OlympiadBench), else from the last \\boxed of the solution (MATH, Minerva). Only what
+    follows `####` counts (GSM8K). The record's unit is added. Raises UserError.
     """
     if isinstance(record.get("reward_model"), dict):
         record = {JUDGE: record["reward_model"].get("ground_truth")}
@@ -129,7 +128,7 @@ def text_of(record: dict, names: tuple[str, ...], where: str) -> str:
         value = record.get(name)
         if isinstance(value, str) and value.strip():
             return value
-        if type(value) in (int, float) and math.isfinite(value):
+        if type(value) in (int, float) and abs(value) < math.inf:
             return str(int(value)) if value == int(value) else repr(value)
         if value not in (None, []) and not isinstance(value, str):
             raise UserError(f"{where}: field {name!r}: expected text, got {str(value)[:60]!r}")

@@ -3,10 +3,10 @@
 import datetime
 import functools
 import json
+import re
 from pathlib import Path
 
 import jinja2
-from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -100,16 +100,9 @@ class Tokenizer:
         return [i for i in following if i in added and added[i].special]
 
 
-class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %} marks the assistant's tokens in transformers; here
-    the tags have no effect."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+# transformers marks the assistant's tokens with {% generation %} ... {% endgeneration %}; here they
+# become "with" tags, which only open a scope.
+_GENERATION = re.compile(r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})")
 
 
 @functools.lru_cache
@@ -126,12 +119,12 @@ def _compile(source: str) -> jinja2.Template:
         )
 
     env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return env.from_string(source)
+    return env.from_string(_GENERATION.sub(r"\1with", source))
 
 
 def _chat_template(path: Path, config: dict) -> tuple[Path, str | None]:

@@ -187,7 +187,7 @@ def test_jsonl_problems(tmp_path):
             '{"problem": "y", "answer": "2", "id": "a"}',
             "p.jsonl:2: id 'a' belongs to an earlier, different question",
         ),
-        ('{"problem": "x", "answer": "1"', "p.jsonl:2: not valid JSON"),
+        ('{"problem": "x", "answer": "1"', "p.jsonl:2: not valid .jsonl"),
         ('["x"]', "p.jsonl:2: expected an object"),
         ('{"problem": "x"}', "p.jsonl:2: has no 'answer'"),
         ('{"problem": " ", "answer": "1"}', "p.jsonl:2: has no 'problem'"),
@@ -328,7 +328,7 @@ def test_repeated_questions_are_counted_and_left_out(tmp_path, capsys):
     ]
     printed = capsys.readouterr().out
     assert (
-        "6 records, 3 different questions" in printed
+        "6 records, of which 3 are different questions" in printed
         and "1 questions with contradicting answers are left out, the first at" in printed
         and "p.jsonl:5" in printed
     )
@@ -398,9 +398,9 @@ def test_every_unreadable_gold_is_listed(tmp_path):
         ("p.json", '{"data": [{"problem": "P", "answer": "1"}]}', "p.json:1: has no 'problem'"),
         ("p.json", "3", "p.json:1: expected an object"),
         ("p.jsonl", '{"problem": "P", "answer": NaN}', "field 'answer': expected text, got 'nan'"),
-        ("p.json", "[1, 2", "not valid JSON"),
+        ("p.json", "[1, 2", "not valid .json"),
         ("p.jsonl", "\n", "holds no records"),
-        ("p.parquet", "PAR", "not a readable parquet file"),
+        ("p.parquet", "PAR", "not valid .parquet"),
     ],
 )
 def test_broken_file_is_an_error(tmp_path, name, text, message):

@@ -68,14 +68,14 @@ class RLConfig:
     normalize_std: bool = True  # divide advantages by the group's std; false = Dr.GRPO
     kl_coef: float = key(0.0, at_least=0)  # weight of the k3 KL to the phase's start, nat (DAPO)
     recompute_logprobs: bool = False  # old log-probs by the trainer: one more forward pass
-    importance_cap: float = key(0.0, at_least=0)  # on trainer / sampler probability; 0 = off
+    importance_cap: float = key(0.0, at_least=0)  # of trainer / sampler probabilities; 0 = off
     # Tokens before max_new_tokens over which DAPO's soft penalty grows; 0 = off.
     overlong_buffer: int = key(0, at_least=0, below="sampling.max_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    max_success_rate: float = key(0.9, above=0, at_most=1)  # tau, over a phase (paper; value ours)
+    max_success_rate: float = key(0.9, above=0, at_most=1)  # tau, of hard problems (value ours)
     max_per_problem: int = key(100, above=0)  # M, expert trajectories kept per problem (ours)
 
 
@@ -97,7 +97,7 @@ class OptimizerConfig:
 class EvalConfig:
     every: int = key(25, above=0)  # RL steps between evaluations; a phase's end is always evaluated
     num_samples: int = key(32, above=0)  # K, responses per problem: avg@K and pass@1..K (paper)
-    temperature: float = key(1.0, above=0)  # (DAPO; not known of the paper)
+    temperature: float = key(1.0, above=0)  # (DAPO; the paper's is not known)
     top_p: float = key(1.0, above=0, at_most=1)  # nucleus; 1.0 = off
     top_k: int = key(0, at_least=0)  # 0 = off
 
@@ -105,7 +105,7 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     threads: int = key(1, above=0)  # CPU threads of torch
-    dtype: str = key("float32", one_of=("float32", "bfloat16"))  # of the matrix products
+    dtype: str = key("float32", one_of=("float32", "bfloat16"))  # of products; the rest float32
     compile: bool = False  # torch.compile of the blocks; on a CPU it needs a C++ compiler
     checkpoint_activations: bool = False  # compute each block a second time for its gradient
     max_rows: int = key(512, above=0)  # responses decoded at once; does not change the result

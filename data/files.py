@@ -27,11 +27,9 @@ _DAPO = re.compile(
 
 def read_records(path: str) -> Iterator[tuple[dict, str]]:
     """Records of a file and their places: "x.jsonl:17" is line 17, in other files record 17."""
-    if not path.endswith(EXTENSIONS):
-        kinds = f"countdown:SPLIT, reasoning_gym:TASK or a file ending in {', '.join(EXTENSIONS)}"
-        raise UserError(f"data source {path!r}: expected {kinds}")
-    if not Path(path).is_file():
-        raise UserError(f"data source {path}: not found")
+    if not (path.endswith(EXTENSIONS) and Path(path).is_file()):
+        kinds = "countdown:SPLIT, reasoning_gym:TASK or an existing .jsonl, .json, .csv or .parquet"
+        raise UserError(f"data source {path!r}: expected {kinds} file")
     record, where = None, path
     try:
         for number, row in enumerate(_rows(path), start=1):

@@ -18,9 +18,9 @@ SPECIAL_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad"
 class Tokenizer:
     """The tokenizer and the chat template of a Hugging Face directory.
 
-    stop_ids: eos_token of the tokenizer and each eos_token_id of generation_config.json and
-    config.json; with chat also the token that ends an assistant's turn in the chat template, which
-    is often not the EOS of a base model. eos_id is the first one; the turn's end comes before all.
+    stop_ids: the tokenizer's eos_token and every eos_token_id of generation_config.json and
+    config.json. chat adds the token that ends an assistant's turn in the chat template, which for
+    a base model is often not its EOS. eos_id: the turn's end, else the first of the others.
     Raises UserError for a file that is missing or broken, and when there is no EOS.
     """
 

@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
-from config import UserError
+import rloop
+from config import UserError, load_config
 from data import check_overlap, countdown, load_demonstrations, load_problems
 from data.tokenizer import Tokenizer
 from verify import verify, verify_many
@@ -142,7 +143,7 @@ def test_tokenizer_round_trip():
 
 def test_text_outside_the_vocabulary_is_an_error():
     """Fault: unknown words vanish from the prompt in silence."""
-    with pytest.raises(ValueError, match="cannot tokenize 'make 100 from 3'"):
+    with pytest.raises(UserError, match="cannot tokenize 'make 100 from 3'"):
         Tokenizer(BASE).encode("make 100 from 3")
 
 
@@ -159,7 +160,7 @@ def test_eos_of_every_file_stops(tmp_path):
 def test_checkpoint_without_eos_is_an_error(tmp_path):
     """Fault: no stop token, so every response is cut off and scores 0."""
     (tmp_path / "tokenizer.json").write_text((BASE / "tokenizer.json").read_text())
-    with pytest.raises(ValueError, match="EOS"):
+    with pytest.raises(UserError, match="EOS"):
         Tokenizer(tmp_path)
 
 
@@ -167,17 +168,19 @@ def test_jsonl_problems(tmp_path):
     """Fault: numeric answers or the question alias are refused, or blank lines count."""
     file = tmp_path / "p.jsonl"
     file.write_text(
-        '{"problem": "1+1?", "answer": "2", "id": "a"}\n\n{"question": "2+2?", "answer": 4}\n',
+        '{"problem": "1+1?", "answer": "2", "id": "a"}\n\n{"question": "2+2?", "answer": 4}\n'
+        '{"problem": "3+3?", "answer": "6", "unique_id": "t/1"}\n',
         encoding="utf-8",
     )
     problems = load_problems(str(file))
     assert [(p.id, p.prompt, p.answer, p.kind) for p in problems] == [
         ("a", "1+1?", "2", "math"),
         ("p.jsonl:3", "2+2?", "4", "math"),
+        ("t/1", "3+3?", "6", "math"),
     ]
     assert len(load_problems(str(file), size=1, seed=5)) == 1
-    with pytest.raises(ValueError, match="3 items wanted, it holds 2"):
-        load_problems(str(file), size=3)
+    with pytest.raises(UserError, match="4 items wanted, it holds 3"):
+        load_problems(str(file), size=4)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,7 @@ def test_broken_line_names_file_and_line(tmp_path, line, message):
     it is."""
     file = tmp_path / "p.jsonl"
     file.write_text('{"problem": "x", "answer": "1", "id": "a"}\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         load_problems(str(file))
 
 
@@ -226,7 +229,7 @@ DAPO = {
 OLYMPIAD = {"question": "Q", "final_answer": ["$\\frac{41}{12}$"], "unit": "km", "error": ""}
 FORMATS = {  # record -> question, answer
     "MATH": ({"problem": "P", "solution": BOXES, "level": "Level 5"}, "P", r"\frac{1}{2}"),
-    "MATH-500": ({"problem": "P", "solution": r"\boxed{9}", "answer": "8"}, "P", "8"),
+    "MATH-500": ({"problem": "P", "solution": r"\boxed{9}", "answer": "8", "level": 5}, "P", "8"),
     "GSM8K": ({"question": "Q", "answer": GSM8K}, "Q", "1,234"),
     "AMC23": ({"id": 0, "problem": "P", "answer": 27.0, "question": "P"}, "P", "27"),
     "AIME25": ({"question": "Q", "answer": "070"}, "Q", "070"),
@@ -268,7 +271,7 @@ def test_csv(tmp_path):
         ("3+3?", "6"),
     ]
     file.write_text("question,answer\n1+1?\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="p.csv: line 2 has another number of fields"):
+    with pytest.raises(UserError, match="p.csv: line 2 has another number of fields"):
         load_problems(str(file))
 
 
@@ -285,7 +288,7 @@ def test_countdown_tasks_file(tmp_path):
     ]
     assert verify(problems[0], "44 + 19 + 35").correct
     file.write_text('{"nums": "many", "target": 98}\n')
-    with pytest.raises(ValueError, match="c.jsonl:1: expected a list of integers"):
+    with pytest.raises(UserError, match="c.jsonl:1: expected a list of integers"):
         load_problems(str(file))
 
 
@@ -305,7 +308,7 @@ def test_tolerance_of_olympiadbench(tmp_path):
     ):
         assert verify(problem, rf"\boxed{{{answer}}}").correct == correct, answer
     file.write_text('{"question": "Q", "final_answer": ["4.2"], "error": "small"}\n')
-    with pytest.raises(ValueError, match="o.jsonl:1: field 'error'"):
+    with pytest.raises(UserError, match="o.jsonl:1: field 'error'"):
         load_problems(str(file))
 
 
@@ -376,7 +379,7 @@ def test_broken_field_is_named(tmp_path, record, message):
     """Fault: a record of a known format with a broken field becomes a problem that nothing solves,
     or that anything solves."""
     (tmp_path / "p.json").write_text(json.dumps([{"problem": "ok", "answer": "1"}, record]))
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         load_problems(str(tmp_path / "p.json"))
     assert "p.json:2: " in str(error.value)
 
@@ -387,7 +390,7 @@ def test_every_unreadable_gold_is_listed(tmp_path):
     (tmp_path / "p.json").write_text(
         json.dumps([{"problem": f"P{i}", "answer": gold or "{{"} for i, gold in enumerate(golds)])
     )
-    with pytest.raises(ValueError, match="3 of 5 gold answers are unreadable") as error:
+    with pytest.raises(UserError, match="3 of 5 gold answers are unreadable") as error:
         load_problems(str(tmp_path / "p.json"))
     assert all(f"p.json:{i}: gold answer" in str(error.value) for i in (2, 4, 5))
 
@@ -406,7 +409,7 @@ def test_every_unreadable_gold_is_listed(tmp_path):
 def test_broken_file_is_an_error(tmp_path, name, text, message):
     """Fault: a traceback of a library, or an empty training set."""
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_problems(str(tmp_path / name))
 
 
@@ -526,7 +529,7 @@ def test_gym_scorer_is_killed_at_its_deadline():
 )
 def test_bad_gym_source_is_an_error(source, size, message):
     """Fault: a traceback of the worker, or an endless search for questions that do not exist."""
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         load_problems(source, size=size)
 
 
@@ -540,11 +543,11 @@ def test_bad_gym_source_is_an_error(source, size, message):
         ("countdown:train?numbers=-4", 5, "expected no options but numbers=N and max=N"),
         ("countdown:train?numbers=9", 5, "expected 2..8 numbers"),
         ("countdown:train?max=100", 5, "expected 2..8 numbers up to at most 99"),
-        ("no.jsonl", 0, "not found"),
+        ("no.jsonl", 0, "expected countdown:SPLIT, reasoning_gym:TASK or an existing .jsonl"),
         (
             "problems.xlsx",
             0,
-            "expected countdown:SPLIT, reasoning_gym:TASK or a file ending in .jsonl",
+            "expected countdown:SPLIT, reasoning_gym:TASK or an existing .jsonl",
         ),
     ],
 )
@@ -578,3 +581,17 @@ def test_bad_demonstrations_are_an_error(source, size, message):
     """Fault: method "sft" with the default data.train fine-tunes on nothing, or on problems."""
     with pytest.raises(ValueError, match=message):
         load_demonstrations(source, size=size)
+
+
+def test_sft_learns_the_demonstrations_of_data_train(tmp_path):
+    """Fault: method "sft" has no source of demonstrations, or takes another number of them."""
+    overrides = "--data.train_size 40 --rft.batch_size 16 --data.eval_size 2 --eval.num_samples 2"
+    overrides += f" --model.path {BASE}"
+    cfg = load_config(
+        ROOT / "configs" / "countdown_base.toml",
+        [*overrides.split(), "--run_dir", str(tmp_path / "run")],
+    )
+    rloop.run_method(cfg)
+    records = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert sum(record["phase"] == "rft" for record in records) == 3  # 40 in batches of 16
+    assert (tmp_path / "run/policies/sft/model.safetensors").exists()

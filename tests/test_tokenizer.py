@@ -9,6 +9,7 @@ from conftest import ROOT
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+from config import UserError
 from data.tokenizer import Tokenizer
 
 CORPUS = [
@@ -211,7 +212,7 @@ def test_broken_tokenizer_file_is_named(bad, tmp_path):
     """Fault: a bare exception of the tokenizers library, without the file, reaches the user as a
     traceback."""
     (tmp_path / "tokenizer.json").write_text(bad)
-    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer"):
+    with pytest.raises(UserError, match="tokenizer.json: not a tokenizer"):
         Tokenizer(tmp_path)
 
 
@@ -413,11 +414,11 @@ def test_checkpoint_without_chat_template_says_what_to_do(tmp_path):
     """Fault: a base model is asked in no format at all, or the error leaves the user alone."""
     write_checkpoint(tmp_path)
     with pytest.raises(
-        ValueError, match="tokenizer_config.json: no chat template; set data.chat_template = false"
+        UserError, match="tokenizer_config.json: no chat template; set data.chat_template = false"
     ):
         Tokenizer(tmp_path).render_chat(CHATS[0])
     write_checkpoint(tmp_path, chat_template=[{"name": "tool_use", "template": "x"}])
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         Tokenizer(tmp_path).render_chat(CHATS[0])
 
 
@@ -443,7 +444,7 @@ def test_failing_template_is_named(source, messages, message, tmp_path):
     Python through the sandbox."""
     write_checkpoint(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(source, encoding="utf-8")
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         Tokenizer(tmp_path).render_chat(messages)
     assert "chat_template.jinja" in str(error.value)
 

@@ -121,6 +121,18 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
     return problems, heldout
 
 
+def next_problems(problems: list[Problem], drawn: int, count: int, seed: int) -> list[Problem]:
+    """count problems of the endless stream, from position drawn on. Every pass over the problems
+    is a permutation of its own, seeded by (seed, pass)."""
+    chosen, orders = [], {}
+    for position in range(drawn, drawn + count):
+        epoch, index = divmod(position, len(problems))
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng((seed, epoch)).permutation(len(problems))
+        chosen.append(problems[orders[epoch][index]])
+    return chosen
+
+
 def check_overlap(
     train: list[Problem], heldout: list[Problem], train_source: str, heldout_source: str
 ) -> None:

@@ -6,7 +6,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from config import UserError
+from config import Config, UserError
 from data import countdown, files
 from verify import answers_match, ask_worker, check_gold
 
@@ -64,6 +64,29 @@ def load_demonstrations(source: str, *, size: int = 0, seed: int = 0) -> list[tu
         for record, where in files.read_records(source)
     ]
     return _subset(pairs, size, seed, source)
+
+
+def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems of a run. The training problems are drawn by cfg.seed; the
+    held-out ones are the same for every seed."""
+    heldout = load_problems(cfg.data.eval, size=cfg.data.eval_size, seed=0)
+    if cfg.method in ("eval", "sft"):
+        return [], heldout
+    problems = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed)
+    check_overlap(problems, heldout)
+    return problems, heldout
+
+
+def next_problems(problems: list[Problem], drawn: int, count: int, seed: int) -> list[Problem]:
+    """count problems of the endless stream, from position drawn on. Every pass over the problems
+    is a permutation of its own, seeded by (seed, pass)."""
+    chosen, orders = [], {}
+    for position in range(drawn, drawn + count):
+        epoch, index = divmod(position, len(problems))
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng((seed, epoch)).permutation(len(problems))
+        chosen.append(problems[orders[epoch][index]])
+    return chosen
 
 
 def question_key(problem: Problem) -> str:

@@ -10,7 +10,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 
-from config import UserError
+from config import DataConfig, UserError
 
 SPECIAL_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 
@@ -70,6 +70,19 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def encode_prompt(
+        self, question: str, cfg: DataConfig, context: tuple[tuple[str, str], ...] = ()
+    ) -> list[int]:
+        """Token ids of data.prompt around the question, after the (role, content) messages of its
+        context: a conversation in the checkpoint's chat template, or plain text."""
+        question = cfg.prompt.replace("{problem}", question)
+        if cfg.chat_template:
+            messages = [{"role": role, "content": content} for role, content in context]
+            messages.append({"role": "user", "content": question})
+            return self.encode(self.render_chat(messages))
+        text = "\n\n".join([*(content for _, content in context), question])
+        return self.encode(text, add_special_tokens=True)
 
     def render_chat(self, messages: list[dict], *, add_generation_prompt: bool = True) -> str:
         """Messages {"role": ..., "content": ...} in the checkpoint's chat format, up to where the

@@ -163,5 +163,6 @@ def test_every_field_is_read_somewhere():
     files = [*ROOT.glob("*.py"), *ROOT.glob("scale/*.py")]
     source = "".join(file.read_text() for file in files if file.name != "config.py")
     for name in KEYS:
-        leaf = name.rpartition(".")[2]
-        assert re.search(rf"\.{leaf}\b", source), f"{name} is read by nobody"
+        section, _, leaf = name.rpartition(".")
+        as_argument = re.search(rf"\bvars\([\w.]*\.{section}\)", source) and f"{leaf}: " in source
+        assert re.search(rf"\.{leaf}\b", source) or as_argument, f"{name} is read by nobody"

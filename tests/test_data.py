@@ -13,7 +13,14 @@ from conftest import ROOT
 
 import rloop
 from config import UserError, load_config
-from data import check_overlap, countdown, load_demonstrations, load_problems
+from data import (
+    check_overlap,
+    countdown,
+    load_data,
+    load_demonstrations,
+    load_problems,
+    next_problems,
+)
 from data.tokenizer import Tokenizer
 from verify import verify, verify_many
 
@@ -421,6 +428,29 @@ def test_system_message_is_kept(tmp_path):
     )
     (problem,) = load_problems(str(tmp_path / "p.json"))
     assert problem.prompt == "Q" and problem.context == (("system", "Be brief."),)
+
+
+def test_data_of_a_run(countdown_toml):
+    """Fault: seeds are compared on different held-out problems, or share one training set."""
+    overrides = ["--data.train_size", "20", "--data.eval_size", "10", "--seed"]
+    (train, heldout), (other_train, other_heldout) = (
+        load_data(load_config(countdown_toml, [*overrides, seed])) for seed in "01"
+    )
+    assert heldout == other_heldout and train != other_train
+    evaluation = load_config(countdown_toml, [*overrides, "1", "--method", "eval"])
+    assert load_data(evaluation) == ([], heldout)
+
+
+def test_stream_of_problems():
+    """Fault: a problem is missed or repeated within a pass, every pass has the same order, or a
+    continued run draws other problems."""
+    problems = load_problems("countdown:train", size=10)
+    stream = next_problems(problems, 0, 20, seed=1)
+    passes = [[problem.id for problem in part] for part in (stream[:10], stream[10:])]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(problem.id for problem in problems)
+    assert passes[0] != passes[1]
+    assert next_problems(problems, 0, 7, 1) + next_problems(problems, 7, 13, 1) == stream
+    assert next_problems(problems, 0, 20, seed=2) != stream
 
 
 # ---- reasoning-gym

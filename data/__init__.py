@@ -67,26 +67,30 @@ def load_demonstrations(source: str, *, size: int = 0, seed: int = 0) -> list[tu
 
 
 def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
-    """Training and held-out problems of a run. The training problems are drawn by cfg.seed; the
-    held-out ones are the same for every seed."""
+    """Training problems, drawn by cfg.seed, and held-out problems, the same for every seed.
+
+    Raises UserError as load_problems does, and when a held-out question is a training question.
+    """
     heldout = load_problems(cfg.data.eval, size=cfg.data.eval_size, seed=0)
     if cfg.method in ("eval", "sft"):
         return [], heldout
-    problems = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed)
-    check_overlap(problems, heldout)
-    return problems, heldout
+    train = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed)
+    trained = {question_key(problem) for problem in train}
+    shared = [problem for problem in heldout if question_key(problem) in trained]
+    if shared:
+        count = f"{len(shared)} of {len(heldout)} questions of data.eval"
+        first = f"{shared[0].id!r} ({shared[0].prompt[:60]!r})"
+        raise UserError(f"{count} are also in data.train, the first is {first}")
+    return train, heldout
 
 
 def next_problems(problems: list[Problem], drawn: int, count: int, seed: int) -> list[Problem]:
-    """count problems of the endless stream, from position drawn on. Every pass over the problems
+    """count problems of the endless stream, from position drawn on. Each pass over the problems
     is a permutation of its own, seeded by (seed, pass)."""
-    chosen, orders = [], {}
-    for position in range(drawn, drawn + count):
-        epoch, index = divmod(position, len(problems))
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng((seed, epoch)).permutation(len(problems))
-        chosen.append(problems[orders[epoch][index]])
-    return chosen
+    passes = range(drawn // len(problems), (drawn + count) // len(problems) + 1)
+    orders = [np.random.default_rng((seed, p)).permutation(len(problems)) for p in passes]
+    start = drawn % len(problems)
+    return [problems[i] for i in np.concatenate(orders)[start : start + count]]
 
 
 def question_key(problem: Problem) -> str:
@@ -95,16 +99,6 @@ def question_key(problem: Problem) -> str:
     if problem.kind == "countdown":
         return f"countdown:{sorted(problem.numbers)}->{problem.target}"
     return "".join(problem.prompt.split())
-
-
-def check_overlap(train: list[Problem], heldout: list[Problem]) -> None:
-    """Raises UserError when a held-out question is among the training questions."""
-    trained = {question_key(problem) for problem in train}
-    shared = [problem for problem in heldout if question_key(problem) in trained]
-    if shared:
-        count = f"{len(shared)} of {len(heldout)} questions of data.eval"
-        first = f"{shared[0].id!r} ({shared[0].prompt[:60]!r})"
-        raise UserError(f"{count} are also in data.train, the first is {first}")
 
 
 def _generated_source(source: str, size: int) -> tuple[str, str]:

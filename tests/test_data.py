@@ -14,7 +14,6 @@ from conftest import ROOT
 import rloop
 from config import UserError, load_config
 from data import (
-    check_overlap,
     countdown,
     load_data,
     load_demonstrations,
@@ -344,15 +343,16 @@ def test_repeated_questions_are_counted_and_left_out(tmp_path, capsys):
     )
 
 
-def test_train_eval_overlap_is_refused(tmp_path):
+def test_train_eval_overlap_is_refused(countdown_toml, tmp_path):
     """Fault: held-out accuracy is measured on training questions."""
-    file = tmp_path / "p.jsonl"
-    file.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?", "answer": "4"}\n')
-    problems = load_problems(str(file))
-    check_overlap(problems[:1], problems[1:])
-    message = "1 of 1 questions of data.eval are also in data.train, the first is 'p.jsonl:2'"
+    train, heldout = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    train.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?", "answer": "4"}\n')
+    heldout.write_text('{"problem": "3+3?", "answer": "6"}\n{"problem": "2 + 2?", "answer": "4"}\n')
+    options = ["--data.train_size", "0", "--data.eval_size"]
+    options = [*options, "0", "--data.train", str(train), "--data.eval", str(heldout)]
+    message = "1 of 2 questions of data.eval are also in data.train, the first is 'eval.jsonl:2'"
     with pytest.raises(UserError, match=message):
-        check_overlap(problems, problems[1:])
+        load_data(load_config(countdown_toml, options))
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,11 @@ def _countdown_source(source: str, size: int) -> tuple[str, dict[str, int]]:
     """Split or stage of a Countdown source, and its options as countdown.py names them."""
     name, query = _generated_source(source, size)
     options = {"numbers": "3", "max": "20"} | dict(parse_qsl(query, keep_blank_values=True))
-    if len(options) > 2 or not all(text.isdecimal() for text in options.values()):
-        raise UserError(f"data source {source!r}: expected no options but numbers=N and max=N")
+    allowed = {"numbers": range(2, 9), "max": range(1, countdown.MAX_VALUE + 1)}
+    for option, text in options.items():
+        if not (text.isdecimal() and int(text) in allowed.get(option, ())):
+            limits = f"numbers from 2 to 8 and max from 1 to {countdown.MAX_VALUE}"
+            raise UserError(f"data source {source!r}: {option}={text}: the options are {limits}")
     return name, {"num_numbers": int(options["numbers"]), "max_number": int(options["max"])}
 
 

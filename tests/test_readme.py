@@ -116,12 +116,12 @@ def test_sizes_are_those_of_the_files():
     rows = re.findall(r"^\| \[[^]]+\]\(([\w./]+)\) \| ([\d,]+) \|", text_of(README), re.MULTILINE)
     stated = {path.rstrip("/"): int(size.replace(",", "")) for path, size in rows}
     counted = {path: num_lines(ROOT / path) for path in stated}
-    wrong = {
-        path: f"README {size}, counted {counted[path]}"
+    wrong = [
+        f"{path}: stated {size}, counted {counted[path]}"
         for path, size in stated.items()
         if abs(size - counted[path]) > MAX_SIZE_ERROR * counted[path]
-    }
-    assert not wrong, wrong
+    ]
+    assert not wrong, "\n".join(wrong)
     assert {path.name for path in ROOT.glob("*.py")} <= stated.keys()
 
 

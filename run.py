@@ -238,6 +238,8 @@ class Run:
             kept = f"{self.checkpoint} is whole" if self.checkpoint else "there is none yet"
             if isinstance(error, CheckpointException):
                 error = next(iter(error.failures.values()))[0]
+                if isinstance(error, KeyboardInterrupt):
+                    raise error from None
             raise UserError(
                 f"checkpoint {target} could not be written: {error}; of the earlier ones {kept}"
             ) from error

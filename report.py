@@ -26,13 +26,12 @@ from config import UserError
 
 METHODS = {"rloop": "RLoop", "rl": "plain RL", "sft": "SFT", "eval": "evaluation"}
 FINAL_POLICY = {"rloop": "rft", "rl": "rl", "sft": "rft", "eval": "base"}
-# keys that do not make two runs different settings
+# keys that do not make two runs different settings; keys in which compared runs must agree
 NEUTRAL_KEY = re.compile(r"seed|run_dir|(rft\.)?save_every|eval\.every|compute\.(?!dtype).*")
-# keys in which compared runs must agree
 SHARED_KEY = re.compile(r"data\.eval.*|eval\.(?!every).*")
 RECORD_KEYS = {
-    "rl": ("iteration", "rl_steps", "rl/reward_mean"),
-    "eval": ("policy", "iteration", "rl_steps", "eval/avg@{K}", "eval/pass@{K}"),
+    "rl": "iteration rl_steps rl/reward_mean",
+    "eval": "policy iteration rl_steps eval/num_samples eval/avg@{K} eval/pass@{K}",
 }
 PLOT = "learning_curves.png"
 PANELS = {
@@ -116,7 +115,7 @@ def read_records(file: Path, K: int) -> dict[str, list[dict]]:
             break
         try:
             record = json.loads(line)
-            expected = {key.format(K=K) for key in RECORD_KEYS.get(record["phase"], ())}
+            expected = set(RECORD_KEYS.get(record["phase"], "").format(K=K).split())
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file}:{number}: not a record: {error!r}") from None
         if missing := expected - record.keys():
@@ -138,7 +137,9 @@ def label_runs(runs: list[Run]) -> None:
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table, aligned for the screen, without its empty columns."""
+    """A Markdown table, aligned for the screen, without empty columns; a sentence if no rows."""
+    if not rows:
+        return ["No evaluation yet."]
     columns = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
     first, *others = [max(map(len, column)) for column in columns]
     rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
@@ -164,7 +165,7 @@ def run_section(run: Run) -> list[str]:
     header = ["policy", f"avg@{K} [95%]", f"pass@{K} [95%]"]
     header += ["RL steps", "trajectories", "experts", "wall m:ss"]
     lines = [f"## {run.label}, seed {run.config['seed']}: {run.path}", ""]
-    return lines + (table(header, rows) if rows else ["No evaluation yet."]) + gap_lines(run) + [""]
+    return [*lines, *table(header, rows), *gap_lines(run), ""]
 
 
 def gap_lines(run: Run) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from config import Config
 from data import countdown, files
 from verify import answers_match, ask_worker
 
@@ -107,6 +108,17 @@ def question_key(problem: Problem) -> str:
     if problem.kind == "countdown":
         return f"countdown:{sorted(problem.numbers)}->{problem.target}"
     return "".join(problem.prompt.split())
+
+
+def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems of a run. The training problems are drawn by cfg.seed; the
+    held-out ones are the same for every seed."""
+    heldout = load_problems(cfg.data.eval, size=cfg.data.eval_size, seed=0)
+    if cfg.method in ("eval", "sft"):
+        return [], heldout
+    problems = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed)
+    check_overlap(problems, heldout, cfg.data.train, cfg.data.eval)
+    return problems, heldout
 
 
 def check_overlap(

@@ -11,6 +11,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
+from config import DataConfig
+
 SPECIAL_TOKENS = (
     "bos_token",
     "eos_token",
@@ -85,6 +87,19 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, special tokens left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def encode_prompt(
+        self, question: str, cfg: DataConfig, context: tuple[tuple[str, str], ...] = ()
+    ) -> list[int]:
+        """Token ids of data.prompt around the question, behind the (role, content) messages of its
+        context: a conversation in the checkpoint's chat template, or plain text."""
+        question = cfg.prompt.replace("{problem}", question)
+        if cfg.chat_template:
+            messages = [{"role": role, "content": content} for role, content in context]
+            messages.append({"role": "user", "content": question})
+            return self.encode(self.render_chat(messages))
+        text = "\n\n".join([*(content for _, content in context), question])
+        return self.encode(text, add_special_tokens=True)
 
     def render_chat(self, messages: list[dict]) -> str:
         """The conversation in the checkpoint's own chat format, up to where the assistant answers; encode it without special tokens.

@@ -22,16 +22,16 @@ from scale import plan
 
 SMALL = TINY | {
     "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 8192,
+    "vocab_size": 6144,
     "hidden_size": 384,
     "intermediate_size": 1024,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 64,
 }
-ROWS, NEW_TOKENS = 128, 8  # of sampling
-GROUP = (56, 8, 72)  # of the micro-batch: tokens of the prompt, responses, tokens of each
+ROWS, NEW_TOKENS = 96, 8  # of sampling
+GROUP = (56, 8, 64)  # of the micro-batch: tokens of the prompt, responses, tokens of each
 FEW = (3, 2, 2)
 
 

@@ -40,7 +40,7 @@ PANELS = {
     "pass": "held-out pass@{K} (diamonds: after RFT)",
     "rl/grad_norm": "gradient norm",
     "rl/entropy_mean_nat": "entropy (nat a token)",
-    "pass@k": "held-out pass@k at the end",
+    "pass@k": "held-out pass@k at the end (gray: base)",
 }
 
 
@@ -162,10 +162,9 @@ def run_section(run: Run) -> list[str]:
             cells.append(f"{value:.3f} [{low:.3f}, {high:.3f}]")
         cells += [f"{e['rl_steps']}", f"{e['num_trajectories']:,}"]
         rows.append([*cells, f"{experts.get((policy, i), '')}", f"{minutes}:{seconds:02d}"])
-    header = ["policy", f"avg@{K} [95%]", f"pass@{K} [95%]"]
-    header += ["RL steps", "trajectories", "experts", "wall m:ss"]
+    names = f"policy,avg@{K} [95%],pass@{K} [95%],RL steps,trajectories,experts,wall m:ss"
     lines = [f"## {run.label}, seed {run.config['seed']}: {run.path}", ""]
-    return [*lines, *table(header, rows), *gap_lines(run), ""]
+    return [*lines, *table(names.split(","), rows), *gap_lines(run), ""]
 
 
 def gap_lines(run: Run) -> list[str]:
@@ -215,8 +214,7 @@ def summary_section(groups: dict[str, list[Run]], K: int) -> list[str]:
             change = f"{means[name, m] / base - 1:+.1%}" if base > 0 else ""
             line += [f"{means[name, m]:.3f}{spread}", change]
         cells.append(line)
-    header = ["policy", "seeds", "RL steps", "trajectories"]
-    header += [f"avg@{K}", "vs RL", f"pass@{K}", "vs RL"]
+    header = f"policy,seeds,RL steps,trajectories,avg@{K},vs RL,pass@{K},vs RL".split(",")
     lines = ["## Summary: mean ± sample standard deviation over seeds", "", *table(header, cells)]
     if reference:
         best = f", the best of {len(plain)} settings by avg@{K}" if len(plain) > 1 else ""
@@ -253,16 +251,16 @@ def draw_evals(ax, runs: list[Run], measure: str, color: str) -> None:
     """A held-out measure along the RL steps: dots inside an RL phase, diamonds after RFT."""
     place = operator.itemgetter("rl_steps", "policy", "iteration")
     curves = [{place(e): score(e, measure) for e in run.records["eval"]} for run in runs]
-    mean = draw_mean(ax, curves, color, marker="o", markersize=4)
+    mean = draw_mean(ax, curves, color, marker="o", markersize=4, label=runs[0].label)
     after_rft = {x: y for (x, policy, _), y in mean.items() if policy == "rft"}
     ax.plot(after_rft.keys(), after_rft.values(), "D", color=color)
 
 
-def draw_pass_at_k(ax, evals: list[dict], label: str, color: str) -> None:
+def draw_pass_at_k(ax, evals: list[dict], color: str) -> None:
     """Held-out pass@k over the number of samples k."""
     ks = sorted(int(key[10:]) for key in evals[0] if re.fullmatch(r"eval/pass@\d+", key))
     curves = [{(k,): e[f"eval/pass@{k}"] for k in ks} for e in evals]
-    draw_mean(ax, curves, color, marker="o", markersize=4, label=label)
+    draw_mean(ax, curves, color, marker="o", markersize=4)
     ax.set_xscale("log", base=2)
     ax.set_xticks(ks, [str(k) for k in ks])
     ax.set_xlabel("samples k")
@@ -280,18 +278,20 @@ def write_plot(groups: dict[str, list[Run]], file: Path) -> None:
     for key, ax in axes.items():
         ax.set_title(PANELS[key].format(K=runs[0].config["eval.num_samples"]))
         ax.set_xlabel(f"RL steps (moving mean of {window})" if "rl/" in key else "RL steps")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         for label, same in groups.items():
             if "rl/" in key:
                 draw_steps(ax, same, key, colors[label], window)
             elif key != "pass@k":
                 draw_evals(ax, same, key, colors[label])
-    for label, evals in final_evals(groups).items():
-        if label in colors:
-            draw_pass_at_k(axes["pass@k"], evals, label, colors[label])
+    for name, evals in final_evals(groups).items():
+        if name in colors:
+            draw_pass_at_k(axes["pass@k"], evals, colors[name])
     for ax in axes.values():
+        ax.axhline(0, alpha=0)  # the margin above the data is one of the whole range
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.4)
-    handles = axes["pass@k"].get_legend_handles_labels()
+    handles = axes["avg"].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(file, dpi=120)
 

@@ -63,8 +63,7 @@ def setting(cfg: Config, gpus: int) -> Setting:
 
 def always(s: Setting) -> dict[str, float]:
     """What lies on a GPU in all phases."""
-    cfg = s.cfg
-    shard = 4.0 * s.whole * cfg.compute.replicas / s.gpus
+    cfg, shard = s.cfg, 4.0 * s.whole * s.cfg.compute.replicas / s.gpus
     parts = {"float32 weights": shard}
     if cfg.method != "eval":
         parts |= {"float32 gradients": shard, "AdamW moments": 2 * shard}

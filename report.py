@@ -305,22 +305,22 @@ def main(arguments: list[str]) -> int:
     out = options.out or options.runs[0]
     try:
         groups = load_groups(options.runs)
+        runs = [run for same in groups.values() for run in same]
+        lines = [line for run in runs for line in run_section(run)]
+        if len(runs) > 1:
+            lines += summary_section(groups, runs[0].config["eval.num_samples"])
+        print("\n".join(lines))
         out.mkdir(parents=True, exist_ok=True)
+        if any(run.records["rl"] for run in runs):
+            try:
+                write_plot(groups, out / PLOT)
+                lines.append(f"![learning curves]({PLOT})")
+            except ImportError as error:
+                print(f"no learning curves: {error}; pip install matplotlib")
+        (out / "report.md").write_text("\n".join(["# Report", "", *lines, ""]), encoding="utf-8")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    runs = [run for same in groups.values() for run in same]
-    lines = [line for run in runs for line in run_section(run)]
-    if len(runs) > 1:
-        lines += summary_section(groups, runs[0].config["eval.num_samples"])
-    print("\n".join(lines))
-    if any(run.records["rl"] for run in runs):
-        try:
-            write_plot(groups, out / PLOT)
-            lines.append(f"![learning curves]({PLOT})")
-        except ImportError as error:
-            print(f"no learning curves: {error}; pip install matplotlib")
-    (out / "report.md").write_text("\n".join(["# Report", "", *lines, ""]), encoding="utf-8")
     print(out / "report.md")
     return 0
 

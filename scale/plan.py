@@ -52,7 +52,7 @@ class Batch:
 
 
 def setting(cfg: Config, gpus: int) -> Setting:
-    """Raises UserError for a config.json that is missing or not supported."""
+    """Counts the parameters. Raises UserError for a config.json that is missing or not supported."""
     c, dtype = hf.read_config(Path(cfg.model.path)), getattr(torch, cfg.compute.dtype)
     with torch.device("meta"):
         model = Transformer(c)
@@ -199,7 +199,7 @@ def report(cfg: Config, gpus: int, gpu_memory_gb: float) -> str:
         f"  most that fits: compute.max_rows = {most_rows},"
         f" compute.micro_batch_tokens = {most_tokens}",
         "",
-        "GB of 10^9, at most, for one sampling round a step",
+        "GB (10^9 bytes), at most, with one sampling round a step",
     ]
     lines += [f"  {name:<51} {size / 1e9:8.1f}" for name, size in elsewhere(s).items()]
     lines += [

@@ -306,6 +306,14 @@ def test_tables_without_matplotlib(tmp_path, capsys, monkeypatch):
     assert text.count("pip install matplotlib") == 1 and (run / "report.md").exists()
 
 
+def test_full_disk_is_one_line(tmp_path, capsys):
+    """Would end a finished run with a traceback when the report cannot be written."""
+    (tmp_path / "file").touch()
+    code, text, err = run_report(capsys, rloop_run(tmp_path / "a"), "--out", tmp_path / "file")
+    assert code == 2 and rows_of(text, "RFT 2")
+    assert err.startswith("error: ") and err.count("\n") == 1 and str(tmp_path / "file") in err
+
+
 @pytest.mark.parametrize("method", ["eval", "sft"])
 def test_runs_without_rl_have_no_picture(tmp_path, capsys, method):
     """Would crash on a method that has no RL steps, or draw empty panels."""

@@ -23,6 +23,7 @@ from config import load_config
 from data import Problem
 from data.tokenizer import Tokenizer
 from run import Run
+from sampler import sampling_copy
 
 # about 54 tokens each in SmolLM2's chat template
 QUESTION = "What is {} plus {}? Think step by step and end with the sum in \\boxed{{}}."
@@ -46,9 +47,9 @@ def build_ours(args: argparse.Namespace, run_dir: str) -> Callable[[], None]:
     seeds = iter(range(10**6))
 
     def step() -> None:
-        model = rloop.sampling_copy(policy, cfg.compute.dtype, cfg.compute.compile)
-        sampling = {"num_samples": 8, "temperature": 1.0}
-        groups, _ = rloop.respond(model, tokenizer, problems, cfg, next(seeds), (0, 1), **sampling)
+        model = sampling_copy(policy, cfg.compute.dtype, cfg.compute.compile)
+        place, sampling = {"iteration": 0, "step": 1}, {"num_samples": 8, "temperature": 1.0}
+        groups, _ = rloop.respond(model, tokenizer, problems, cfg, next(seeds), place, **sampling)
         del model
         for trajectory in (t for group in groups for t in group):
             trajectory.reward = float(len(trajectory.response) % 2)

@@ -23,7 +23,10 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     dtype, T = DTYPES[args.dtype], args.new_tokens
-    ours = sampling_copy(Transformer.from_pretrained(args.model), dtype, compiled=args.compile)
+    policy = Transformer.from_pretrained(args.model)
+    if args.compile:
+        policy.compile_blocks()  # in float32 the policy itself is sampled from
+    ours = sampling_copy(policy, dtype, compiled=args.compile)
     theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
     vocabulary, shape = ours.config.vocab_size, (args.rows // 8, args.prompt_tokens)
     prompts = torch.randint(3, vocabulary - 1, shape, generator=torch.Generator().manual_seed(0))

@@ -52,7 +52,7 @@ class Batch:
 
 
 def setting(cfg: Config, gpus: int) -> Setting:
-    """Counts the parameters. Raises UserError for a config.json that is missing or not supported."""
+    """Count the parameters. Raises UserError for a config.json missing or not supported."""
     c, dtype = hf.read_config(Path(cfg.model.path)), getattr(torch, cfg.compute.dtype)
     with torch.device("meta"):
         model = Transformer(c)

@@ -199,7 +199,7 @@ def report(cfg: Config, gpus: int, gpu_memory_gb: float) -> str:
         f"  most that fits: compute.max_rows = {most_rows},"
         f" compute.micro_batch_tokens = {most_tokens}",
         "",
-        "GB (10^9 bytes), at most, with one sampling round a step",
+        "GB of 10^9, at most, for one sampling round a step",
     ]
     lines += [f"  {name:<51} {size / 1e9:8.1f}" for name, size in elsewhere(s).items()]
     lines += [

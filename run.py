@@ -389,6 +389,6 @@ def evaluation_line(r: dict, rl_steps: int) -> str:
 
 
 def progress_bar(steps: range, name: str) -> Iterator[int]:
-    """The steps, with a bar where they take long."""
-    hidden = parallel.rank() > 0
-    return tqdm(steps, name, steps.stop, leave=False, delay=5, initial=steps.start, disable=hidden)
+    """The steps, with a bar on the terminal of the first process."""
+    disable = None if parallel.rank() == 0 else True  # None: a bar on a terminal only
+    return tqdm(steps, name, steps.stop, leave=False, initial=steps.start, disable=disable)

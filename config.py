@@ -75,9 +75,7 @@ class RLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    max_success_rate: float = key(
-        0.9, above=0, at_most=1
-    )  # of hard problems, in training (value ours)
+    max_success_rate: float = key(0.9, above=0, at_most=1)  # of hard problems (value ours)
     max_per_problem: int = key(100, above=0)  # expert trajectories kept per problem (ours)
 
 

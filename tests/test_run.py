@@ -201,10 +201,9 @@ def test_stop_in_a_long_step_drops_it_whole(config, whole, monkeypatch, call):
     assert done.count("sample_groups") == call
     run = Run(cfg)
     records = [r for r in run.read("metrics.jsonl") if r["phase"] == "rl"]
-    iteration, steps = divmod(call - 1, 2)
-    assert run.progress.iteration == iteration and run.progress.step == steps
+    assert (run.progress.iteration, run.progress.step) == divmod(call - 1, 2)
     assert run.rl_steps == len(records) == call - 1
-    position = sum(4 for _ in records)  # one round of 4 problems a step
+    position = 4 * len(records)  # one round of 4 problems a step
     assert run.progress.problems_drawn == position
     assert run.progress.num_trajectories == 8 * position
     trajectories = run.read("trajectories/iteration_1.jsonl")
@@ -399,8 +398,8 @@ def test_two_runs_in_one_directory(config):
     def hold():
         run = Run(cfg)
         opened.set()
-        time.sleep(60)
-        run.finish(None)
+        while run:  # the lock lives as long as the run
+            time.sleep(1)
 
     process = in_child(hold)
     assert opened.wait(30)

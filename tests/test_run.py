@@ -25,8 +25,7 @@ from scale import parallel
 FILES = (
     *("trajectories/iteration_1.jsonl", "trajectories/iteration_2.jsonl"),
     *("experts/iteration_1.jsonl", "experts/iteration_2.jsonl", "evaluations.jsonl"),
-    *("policies/rl_2/model.safetensors", "policies/theta_1/model.safetensors"),
-    "policies/theta_2/model.safetensors",
+    *(f"policies/{name}/model.safetensors" for name in ("rl_1", "theta_1", "rl_2", "theta_2")),
 )
 TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 FEW = [

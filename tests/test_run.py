@@ -102,7 +102,8 @@ def run_and_kill(cfg, records: int, delay: float) -> bool:
 
 @pytest.fixture(scope="module")
 def seconds_a_record(whole, tmp_path_factory) -> float:
-    cfg = load_config(TOML, [*FEW, "--run_dir", str(tmp_path_factory.mktemp("again"))])
+    flags = [*FEW, "--save_every", "2", "--run_dir", str(tmp_path_factory.mktemp("again"))]
+    cfg = load_config(TOML, flags)
     start = time.perf_counter()
     rloop.run_method(cfg)  # the first run of a process takes longer
     assert outcome(cfg) == whole
@@ -114,7 +115,7 @@ def test_killed_run_continues_to_the_same_bytes(config, whole, seconds_a_record)
     is taken for a whole one, the lock outlives its process."""
     moments, kills = random.Random(0), 0
     for n in range(20):  # one moment in every twentieth of the run, so that every phase is met
-        cfg = config(f"killed-{n}")
+        cfg = config(f"killed-{n}", "--save_every", "2")
         kills += run_and_kill(cfg, n * len(whole[0]) // 20, seconds_a_record * moments.random())
         rloop.run_method(cfg)
         assert outcome(cfg) == whole, n
@@ -123,7 +124,7 @@ def test_killed_run_continues_to_the_same_bytes(config, whole, seconds_a_record)
 
 def test_a_run_that_is_killed_again_and_again_comes_to_its_end(config, whole, seconds_a_record):
     """Fault: continuing twice from one checkpoint, or a first checkpoint that never comes."""
-    moments, cfg, kills = random.Random(1), config("killed"), 0
+    moments, cfg, kills = random.Random(1), config("killed", "--save_every", "2"), 0
     while True:
         records = num_records(cfg) + moments.randrange(4)
         if not run_and_kill(cfg, records, seconds_a_record * moments.random()):
@@ -256,14 +257,14 @@ def test_kill_inside_an_evaluation_keeps_the_checkpoint_before_it(config, whole,
 
 def test_sigterm_saves_the_last_step_and_the_run_goes_on(config):
     """Fault: a pre-empted run loses the steps since its last checkpoint, or does not stop."""
-    options = ("--rl.steps", "30", "--save_every", "1000", "--eval.every", "1000")
+    options = ("--rl.steps", "20", "--save_every", "1000", "--eval.every", "1000")
     options += ("--iterations", "1", "--method", "rl", "--rl.problems_per_step", "2")
     unstopped, stopped = config("unstopped", *options), config("stopped", *options)
     command = [sys.executable, "rloop.py", "--config", str(TOML), *FEW, *options]
     command += ["--run_dir", stopped.run_dir]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, **pipes)
-    while "step   5/30" not in process.stdout.readline():
+    while "step   3/20" not in process.stdout.readline():
         assert process.poll() is None
     start = time.perf_counter()
     process.send_signal(signal.SIGTERM)
@@ -271,7 +272,7 @@ def test_sigterm_saves_the_last_step_and_the_run_goes_on(config):
     assert time.perf_counter() - start < 10
     assert process.returncode == 130
     assert "stopped; the same command continues" in errors
-    assert 5 <= Run(stopped).rl_steps < 30
+    assert 3 <= Run(stopped).rl_steps < 20
     rloop.run_method(unstopped)
     rloop.run_method(stopped)
     for file in ("trajectories/iteration_1.jsonl", "policies/rl_1/model.safetensors"):

@@ -119,7 +119,7 @@ def test_killed_run_continues_to_the_same_bytes(config, whole, seconds_a_record)
         kills += run_and_kill(cfg, n * len(whole[0]) // 20, seconds_a_record * moments.random())
         rloop.run_method(cfg)
         assert outcome(cfg) == whole, n
-    assert kills >= 12  # the last moments may come after the end
+    assert kills >= 16  # on a busy machine the last moments may come after the end
 
 
 def test_a_run_that_is_killed_again_and_again_comes_to_its_end(config, whole, seconds_a_record):

@@ -23,16 +23,16 @@ from model import Transformer
 LOGITS_AT_ONCE = 2**25  # numbers of a chunk of logits [Q, V]; bounds the memory, not the result
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class Row:
     """One response, as RL and RFT train on it."""
 
     prompt_ids: list[int]
     ids: list[int]  # response tokens, the stop token included
-    weight: float = 0.0  # of each of its tokens in the loss; 0 = the row does not count
-    advantage: float = 0.0
     sampler_logps: list[float] = field(default_factory=list)  # one a token, from sampling
-    old_logps: list[float] = field(default_factory=list)  # the same, or the trainer's own
+    advantage: float = 0.0
+    weight: float = 0.0  # of each of its tokens in the loss; 0 = the row does not count
+    old_logps: list[float] = field(default_factory=list)  # the trainer's own; empty: the sampler's
     ref_logps: list[float] = field(default_factory=list)  # of the KL term's reference
 
 

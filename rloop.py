@@ -1,18 +1,18 @@
 """RLoop (arXiv 2511.04285): iterated policy initialization for RL with verifiable rewards.
 
     theta_0 = base policy                                         Transformer.from_pretrained
-    for i in 0 .. I-1:                                            run_rloop
+    for each iteration i = 0, 1, 2 ...:                           run_rloop
         phi = theta_i                                             explore
-        for t in 1 .. N:
-            sample G responses to each of P problems, score 0/1   sample_groups, respond
+        for each RL step of the phase:
+            sample G responses to each of N problems, score 0/1   sample_groups, respond
             drop groups whose rewards are all equal, refill       sample_groups
             A = (r - mean(r)) / std(r) within a group             group_advantages
             phi += clipped policy-gradient step                   update, grpo_loss
             D += every trajectory of the step                     run.commit
         E = successes in D on hard problems, unique, capped       filter_experts, select_experts
         theta_{i+1} = SFT of theta_i (not phi) on E               rft, sft_loss
-    avg@K and pass@k on held-out problems, all along              evaluate, pass_at_k
-    baseline: the same I*N RL steps in a row from theta_0         run_rl
+    avg@k and pass@k on held-out problems, all along              evaluate, pass_at_k
+    baseline: as many RL steps in a row from theta_0              run_rl
 
 Shapes, in the whole project: N problems (groups), G samples of a problem, B = N*G rows (responses),
 T tokens of a row, M tokens of a packed micro-batch, Q response tokens of it, R live rows of the
@@ -21,7 +21,6 @@ Log-probs are natural logs in float32. Everywhere run is a run.Run, policy a mod
 tokenizer a data.tokenizer.Tokenizer, cfg a config.Config, problems and heldout list[Problem].
 """
 
-import dataclasses
 import math
 import sys
 import time
@@ -36,7 +35,7 @@ from torch import Tensor
 import hf
 import report
 from config import Config, UserError, config_from_command_line
-from data import Problem, load_data, load_demonstrations
+from data import load_data, load_demonstrations, next_problems
 from data.tokenizer import Tokenizer
 from model import Transformer
 from packing import Packed, Row, micro_batches, token_logprobs
@@ -123,21 +122,21 @@ def explore(run, policy, tokenizer, problems, heldout, num_steps, theta_i) -> No
 
 
 def sample_groups(run, policy, tokenizer, problems, step):
-    """Dynamic sampling (DAPO, section 3.2): sample P groups, drop the flat ones, and replace them
+    """Dynamic sampling (DAPO, section 3.2): sample N groups, drop the flat ones, and replace them
     by groups of the next problems, for a bounded number of rounds.
 
-    Returns the usable groups (at most P), all sampled groups (both [group][sample]), the new
+    Returns the usable groups (at most N), all sampled groups (both [group][sample]), the new
     position in the stream of problems, and the seconds it took.
     """
-    cfg, place = run.cfg, (run.progress.iteration, step)
+    cfg, iteration = run.cfg, run.progress.iteration
+    place = {"iteration": iteration, "step": step}
     options = {"num_samples": cfg.rl.samples_per_problem, "temperature": cfg.sampling.temperature}
     model = sampling_copy(policy, cfg.compute.dtype, cfg.compute.compile)
-    usable, sampled, seconds = [], [], Counter()
-    drawn = run.progress.problems_drawn
+    usable, sampled, seconds, drawn = [], [], Counter(), run.progress.problems_drawn
     for round_ in range(cfg.rl.max_sampling_rounds):
         count = cfg.rl.problems_per_step - len(usable)
         fresh = next_problems(problems, drawn, count, cfg.seed)
-        seed = seed_of(cfg.seed, *place, round_)
+        seed = seed_of(cfg.seed, iteration, step, round_)
         groups, spent = respond(model, tokenizer, fresh, cfg, seed, place, **options)
         drawn += count
         seconds.update(spent)
@@ -153,25 +152,13 @@ def is_flat(group: list[Trajectory]) -> bool:
     return len({t.reward for t in group}) == 1
 
 
-def next_problems(problems: list[Problem], drawn: int, count: int, seed: int) -> list[Problem]:
-    """count problems of the endless stream, from position drawn on. Every pass over the problems
-    is a permutation of its own, seeded by (seed, pass)."""
-    chosen, orders = [], {}
-    for position in range(drawn, drawn + count):
-        epoch, index = divmod(position, len(problems))
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng((seed, epoch)).permutation(len(problems))
-        chosen.append(problems[orders[epoch][index]])
-    return chosen
-
-
 def seed_of(*path: int) -> int:
     """A seed for one place of the run, such as (seed, iteration, step, round)."""
     return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0])
 
 
 def respond(model, tokenizer, problems, cfg, seed, place, *, num_samples, **options):
-    """Sample responses to the problems and score them 0/1. place: (iteration, step). options: of
+    """Sample responses to the problems and score them 0/1. place: iteration and step. options: of
     sample. Returns trajectories [problem][sample] and the seconds of sampling and of verifying.
 
     Every process samples for its share of the problems; then all know all trajectories.
@@ -192,8 +179,7 @@ def respond(model, tokenizer, problems, cfg, seed, place, *, num_samples, **opti
         verdicts = verify_many([mine[n] for n in owners], texts)
         rows = []
         for n, completion, text, verdict in zip(owners, completions, texts, verdicts, strict=True):
-            source = {"problem": mine[n].id, "prompt_ids": prompts[n]}
-            source |= {"iteration": place[0], "step": place[1]}
+            source = {"problem": mine[n].id, "prompt_ids": prompts[n]} | place
             outcome = {"response": text, "reason": verdict.reason, "reward": float(verdict.correct)}
             rows.append(Trajectory(**source, **vars(completion), **outcome))
         return rows, sampled - start, time.perf_counter() - sampled
@@ -218,10 +204,8 @@ def sampling_metrics(sampled: list[list[Trajectory]]) -> dict[str, float]:
 
 
 def update(run, policy, optimizer, groups, reference, lr) -> dict[str, float]:
-    """One RL update on the usable groups, in rl.minibatches optimizer steps. Returns metrics.
-
-    reference: the KL term's, or None. Without groups, or at learning rate 0, nothing happens.
-    """
+    """One RL update on the usable groups, in rl.minibatches optimizer steps; nothing without groups
+    or at learning rate 0. reference: the KL term's, or None. Returns metrics."""
     if not groups or lr == 0:
         return {"rl/lr": lr, "time/update_s": 0.0}
     start = time.perf_counter()
@@ -232,7 +216,7 @@ def update(run, policy, optimizer, groups, reference, lr) -> dict[str, float]:
         set_logprobs(rows_NG, "old_logps", policy, cfg)
     if reference is not None:
         set_logprobs(rows_NG, "ref_logps", reference, cfg)
-    steps = []
+    steps: list[dict[str, float]] = []
     for split in np.array_split(np.arange(len(groups)), min(cfg.rl.minibatches, len(groups))):
         minibatch = [rows_NG[n] for n in split]
         totals = accumulate_gradient(policy, minibatch, cfg)
@@ -257,15 +241,10 @@ def update(run, policy, optimizer, groups, reference, lr) -> dict[str, float]:
 def training_rows(groups: list[list[Trajectory]], cfg: Config) -> list[list[Row]]:
     """The groups' trajectories as rows with their advantages."""
     limit, buffer = cfg.sampling.max_new_tokens, cfg.rl.overlong_buffer
-    reward_NG = torch.tensor(
-        [[t.reward + overlong_penalty(len(t.ids), limit, buffer) for t in g] for g in groups]
-    )
-    adv_NG = group_advantages(reward_NG, normalize_std=cfg.rl.normalize_std).tolist()
+    rewards = [[t.reward + overlong_penalty(len(t.ids), limit, buffer) for t in g] for g in groups]
+    adv_NG = group_advantages(torch.tensor(rewards), normalize_std=cfg.rl.normalize_std).tolist()
     return [
-        [
-            Row(prompt_ids=t.prompt_ids, ids=t.ids, sampler_logps=t.logps, advantage=adv)
-            for t, adv in zip(group, adv_G, strict=True)
-        ]
+        [Row(t.prompt_ids, t.ids, t.logps, adv) for t, adv in zip(group, adv_G, strict=True)]
         for group, adv_G in zip(groups, adv_NG, strict=True)
     ]
 
@@ -277,7 +256,7 @@ def training_batches(rows_NG: list[list[Row]], cfg: Config) -> Iterator[Packed]:
 
 
 @torch.no_grad()
-def set_logprobs(rows_NG: list[list[Row]], name: str, model: Transformer, cfg: Config) -> None:
+def set_logprobs(rows_NG: list[list[Row]], name: str, model, cfg) -> None:
     """Set old_logps or ref_logps of the rows to the log-probs that the model gives in training."""
     rows = [row for group in rows_NG for row in group]
     number = {id(row): b for b, row in enumerate(rows)}
@@ -293,9 +272,7 @@ def set_logprobs(rows_NG: list[list[Row]], name: str, model: Transformer, cfg: C
             setattr(rows[b], name, logps)
 
 
-def accumulate_gradient(
-    policy: Transformer, rows_NG: list[list[Row]], cfg: Config
-) -> dict[str, float]:
+def accumulate_gradient(policy, rows_NG: list[list[Row]], cfg: Config) -> dict[str, float]:
     """Add the gradient of one optimizer step's loss, in micro-batches. Returns the loss (nat), the
     number of its tokens, sums over them, and the largest gap to the sampler's log-probs."""
     rows = [row for group in rows_NG for row in group]
@@ -330,30 +307,23 @@ def accumulate_gradient(
     return parallel.total(totals)
 
 
-def new_optimizer(run: Run, policy: Transformer, resume: bool) -> torch.optim.AdamW:
+def new_optimizer(run, policy, resume: bool) -> torch.optim.AdamW:
     """A phase's optimizer: fresh, or as it was where the phase was stopped."""
-    decay = run.cfg.optimizer.weight_decay
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=run.cfg.optimizer.weight_decay)
     if resume:
         run.load_optimizer(optimizer)
     return optimizer
 
 
 def finish_step(run, policy, optimizer, loss: float, rows_NG: list[list[Row]]) -> float:
-    """Clip the gradient, apply it, and return its norm.
-
-    Raises FloatingPointError for a loss or gradient that is not finite: the weights are untouched
-    then, and the rows are saved.
-    """
+    """Clip the gradient, apply it, and return its norm. Raises FloatingPointError for a loss or
+    gradient that is not finite: the weights are untouched then, and the rows are saved."""
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), run.cfg.optimizer.grad_clip)
     grad_norm = float(parallel.whole_tensor(norm))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        dump = "nonfinite_batch.jsonl"
-        run.append(dump, [dataclasses.asdict(row) for group in rows_NG for row in group])
-        raise FloatingPointError(
-            f"loss {loss}, gradient norm {grad_norm}: not finite; the weights are untouched, "
-            f"the batch is in {run.path / dump}"
-        )
+        run.append("nonfinite_batch.jsonl", [vars(row) for group in rows_NG for row in group])
+        what = f"loss {loss}, gradient norm {grad_norm}: not finite; the weights are untouched"
+        raise FloatingPointError(f"{what}, the batch is in {run.path / 'nonfinite_batch.jsonl'}")
     optimizer.step()
     optimizer.zero_grad()
     return grad_norm
@@ -397,13 +367,7 @@ def token_weights(lengths_B: list[int], aggregation: str, max_new_tokens: int) -
 
 
 def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    adv: Tensor,
-    weight: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
+    logp: Tensor, old_logp: Tensor, adv: Tensor, weight: Tensor, *, clip_low, clip_high
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped policy-gradient loss: PPO's objective (arXiv 1707.06347, eq. 7) with DAPO's
     clip-higher, -sum of weight * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A) with
@@ -496,7 +460,7 @@ def select_experts(
     return experts
 
 
-def filter_experts(run: Run) -> list[Trajectory]:
+def filter_experts(run) -> list[Trajectory]:
     """Select the experts among the phase's trajectories, and record what was kept."""
     name = f"iteration_{run.progress.iteration + 1}.jsonl"
     if run.progress.rft_step > 0:  # the run was stopped in RFT: they are selected already
@@ -530,7 +494,7 @@ def filter_experts(run: Run) -> list[Trajectory]:
 # ---- exploit
 
 
-def rft(run: Run, policy: Transformer, examples: list[Trajectory] | list[Row]) -> None:
+def rft(run, policy, examples: list[Trajectory] | list[Row]) -> None:
     """Rejection-sampling fine-tuning: maximise the mean log-prob of the examples' response tokens.
 
     The policy enters as theta_i and leaves as theta_{i+1}. Fresh AdamW; linear warm-up, then linear
@@ -549,10 +513,8 @@ def rft(run: Run, policy: Transformer, examples: list[Trajectory] | list[Row]) -
         optimizer.param_groups[0]["lr"] = lr
         loss, grad_norm = rft_step(run, policy, optimizer, [examples[i] for i in batch])
         losses.append(loss)
-        line = None
-        if position == steps_per_epoch - 1:
-            mean = np.mean(losses[-steps_per_epoch:])
-            line = f"{name} epoch {epoch + 1}/{cfg.epochs}  loss {mean:.4f}"
+        mean, epoch_ends = np.mean(losses[-steps_per_epoch:]), position == steps_per_epoch - 1
+        line = f"{name} epoch {epoch + 1}/{cfg.epochs}  loss {mean:.4f}" if epoch_ends else None
         record = {"rft/loss": loss, "rft/lr": lr, "rft/grad_norm": grad_norm}
         run.commit({"phase": "rft", "step": step + 1} | record, line, rft_step=step + 1)
         due = (step + 1) % run.cfg.save_every == 0 or step + 1 == num_steps
@@ -562,7 +524,7 @@ def rft(run: Run, policy: Transformer, examples: list[Trajectory] | list[Row]) -
 def rft_step(run, policy, optimizer, examples: list) -> tuple[float, float]:
     """One optimizer step on the examples; returns its loss (nat a token) and gradient norm."""
     weight = 1 / sum(len(example.ids) for example in examples)
-    rows_NG = [[Row(prompt_ids=e.prompt_ids, ids=e.ids, weight=weight)] for e in examples]
+    rows_NG = [[Row(e.prompt_ids, e.ids, weight=weight)] for e in examples]
     loss_sum = 0.0
     for batch in training_batches(rows_NG, run.cfg):
         logp, _ = token_logprobs(policy, batch)
@@ -576,29 +538,25 @@ def rft_step(run, policy, optimizer, examples: list) -> tuple[float, float]:
 # ---- evaluate
 
 
-def bootstrap_interval(
-    values_N: np.ndarray, seed: int = 0, num_resamples: int = 2000
-) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the mean over problems."""
+def bootstrap_interval(values_N: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the mean over problems, from 2,000 resamples."""
     N = len(values_N)
-    counts = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=num_resamples)
+    counts = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=2000)
     low, high = np.quantile(counts @ values_N / N, [0.025, 0.975])
     return float(low), float(high)
 
 
-def evaluate(run: Run, policy: Transformer, tokenizer: Tokenizer, heldout: list, name: str) -> dict:
-    """avg@K and pass@1, 2, 4 .. K over the held-out problems, from K samples each, with 95%
-    bootstrap intervals; records and returns them. name: "base", "rl" or "rft".
+def evaluate(run, policy, tokenizer, heldout, name: str) -> dict:
+    """avg@k and pass@1, 2, 4 .. k on the held-out problems, from k samples each, and the shares of
+    problems that an earlier evaluation solved but this one does not (forgotten) and that any
+    solved (union). name: "base", "rl" or "rft". Returns the record.
 
-    Also the share of problems that an earlier evaluation solved and this one does not (forgotten),
-    and the share that any evaluation so far solved (union). Every evaluation uses the same random
-    numbers, so policies are compared on equal terms.
+    Every evaluation uses the same random numbers, so policies are compared on equal terms.
     """
     cfg, now, num_samples = run.cfg, run.progress, run.cfg.eval.num_samples
     model = sampling_copy(policy, cfg.compute.dtype, cfg.compute.compile)
-    options = {name: getattr(cfg.eval, name) for name in ("temperature", "top_p", "top_k")}
-    seed, place = seed_of(cfg.seed, 1 << 32), (now.iteration, now.step)
-    options["num_samples"] = num_samples
+    seed, place = seed_of(cfg.seed, 1 << 32), {"iteration": now.iteration, "step": now.step}
+    options = {key: value for key, value in vars(cfg.eval).items() if key != "every"}
     groups, _ = respond(model, tokenizer, heldout, cfg, seed, place, **options)
     counts = {p.id: sum(t.reward == 1 for t in g) for p, g in zip(heldout, groups, strict=True)}
     ks = sorted({2**e for e in range(num_samples.bit_length())} | {num_samples})
@@ -624,15 +582,13 @@ def evaluate(run: Run, policy: Transformer, tokenizer: Tokenizer, heldout: list,
 # ---- from the command line to the loop
 
 
-def run_sft(run: Run, policy: Transformer, tokenizer: Tokenizer, heldout: list[Problem]) -> None:
+def run_sft(run, policy, tokenizer, heldout) -> None:
     """The RFT loop on given demonstrations: it builds the embedded base policy."""
-    cfg = run.cfg
-    examples = []
-    for question, response in load_demonstrations(
-        cfg.data.train, size=cfg.data.train_size, seed=cfg.seed
-    ):
+    data, examples = run.cfg.data, []
+    demonstrations = load_demonstrations(data.train, size=data.train_size, seed=run.cfg.seed)
+    for question, response in demonstrations:
         ids = [*tokenizer.encode(response), tokenizer.eos_id]
-        examples.append(Row(prompt_ids=tokenizer.encode_prompt(question, cfg.data), ids=ids))
+        examples.append(Row(tokenizer.encode_prompt(question, data), ids))
     rft(run, policy, examples)
     evaluate(run, policy, tokenizer, heldout, "rft")
     run.export(policy, "sft")

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
@@ -238,6 +239,8 @@ class Run:
             kept = f"{self.checkpoint} is whole" if self.checkpoint else "there is none yet"
             if isinstance(error, CheckpointException):
                 error = next(iter(error.failures.values()))[0]
+                if isinstance(error, KeyboardInterrupt):
+                    raise error from None
             raise UserError(
                 f"checkpoint {target} could not be written: {error}; of the earlier ones {kept}"
             ) from error
@@ -324,14 +327,14 @@ def _disk(path: Path) -> Iterator[None]:
     """A full or read-only disk is the user's to mend."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors hides the first in the second
         raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def _check_size(file: Path, expected: int, at_least: bool = False) -> None:
     size = file.stat().st_size
     if size < expected or (size > expected and not at_least):
-        raise ValueError(f"{file.name} has {size} bytes, expected {expected}")
+        raise ValueError(f"{file} has {size} bytes, expected {expected}")
 
 
 def _named(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -387,6 +390,6 @@ def evaluation_line(r: dict, rl_steps: int) -> str:
 
 
 def progress_bar(steps: range, name: str) -> Iterator[int]:
-    """The steps, with a bar where they take long."""
-    hidden = parallel.rank() > 0
-    return tqdm(steps, name, steps.stop, leave=False, delay=5, initial=steps.start, disable=hidden)
+    """The steps, with a bar on the terminal of the first process."""
+    disable = None if parallel.rank() == 0 else True  # None: a bar on a terminal only
+    return tqdm(steps, name, steps.stop, leave=False, initial=steps.start, disable=disable)

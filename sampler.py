@@ -95,7 +95,7 @@ def sample(
 
     max_rows bounds the rows decoded at once; the result does not depend on it. first_prompt is the
     number of the first prompt where the prompts are one process's share of many: the random
-    streams go by these numbers. progress: show a bar after five seconds.
+    streams go by these numbers. progress: show a bar on a terminal after five seconds.
     Raises ValueError for an empty prompt, ids outside the vocabulary, or arguments out of range;
     FloatingPointError for logits that are not finite.
     """
@@ -115,7 +115,8 @@ def sample(
     rows: list[_Row] = []
     logits_RV = torch.empty(0, model.config.vocab_size, device=device)
     total = len(prompts) * num_samples * max_new_tokens
-    bar = tqdm(total=total, desc="sampling", unit="tok", leave=False, delay=5, disable=not progress)
+    disable = None if progress else True  # None: a bar on a terminal only
+    bar = tqdm(total=total, desc="sampling", unit="tok", leave=False, delay=5, disable=disable)
     while rows or waiting:
         admitted: list[int] = []
         while waiting and len(rows) + len(waiting[0][1]) <= max_rows:

@@ -14,6 +14,7 @@ is a collective: all processes call it, in the same order.
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -74,8 +75,10 @@ def processes() -> Iterator[None]:
 def _request_stop(number: int, _) -> None:
     global _stop
     _stop = True
-    if not dist.is_initialized():  # torchrun repeats the signal: there a second one means nothing
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if dist.is_initialized():
+        return  # torchrun repeats the signal: a second one means nothing
+    print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def rank() -> int:

@@ -1,108 +1,70 @@
-"""What a run will need: memory of a GPU, time, disk. Computed from the config and the model's config.json; no weights are read.
+"""The memory and disk that a run will need, from its config and the model's config.json.
 
     python rloop.py --config configs/X.toml --plan --gpus 8 --gpu-memory-gb 80
 
-Memory at once = what always lies there + the largest of the phases, which follow one another: sampling, a micro-batch, the optimizer's
-step. What a block keeps for the gradient was listed from model.py and packing.py in eager mode (compiled blocks keep less), and the sums
-were measured on a CPU (tests/test_plan.py). The constants in capitals are assumptions, printed with the plan: nothing here was measured on
-a GPU. The times leave out verifying and the starting of kernels, which is most of the time of a model of a few million parameters.
+Memory of a GPU = what is always there + the largest of the phases, which follow one another:
+sampling, the gradient of a micro-batch, the optimizer's step. The parts are counted from model.py,
+sampler.py and packing.py in eager mode; tests/test_plan.py compares them with the memory of real
+runs on a CPU. What a GPU needs beyond them is assumed. All sizes are bytes.
 
-Letters: D width, F MLP width, V vocabulary, L layers, H query heads, K kv heads, E head width; G samples of a problem. Sizes are bytes.
+Letters: D width, F MLP width, V vocabulary, L layers, H query heads, K kv heads, E head width.
 """
 
-import json
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config
-from model import TransformerConfig
+import torch
+
+import hf
+from config import Config, UserError
+from model import Transformer, TransformerConfig, round_up
 from packing import LOGITS_AT_ONCE
 
-LOGITS_KEPT = 0
+GIB = 2**30  # the GB of a GPU
+PROMPT_TOKENS = 512  # assumed: the longest prompt
+RESERVE = 2 * GIB  # assumed: CUDA context, buffers of NCCL and cuBLAS
+FRAGMENTATION = 0.1  # assumed: lost in the allocator's gaps, of what training allocates
+LISTED, WRITTEN = 72, 34  # a response token in a process's memory, and in trajectories/*.jsonl
 
-GIB = 2**30  # the GB of a GPU: an "80 GB" one has about 80 of these
-NUM_BYTES = {"float32": 4, "bfloat16": 2}
-STRIDE = 8  # sampler.STRIDE on a GPU
 
-RESERVE = 2 * GIB  # CUDA context, NCCL's buffers, cuBLAS's workspace
-FRAGMENTATION = 0.1  # of what training allocates and frees, besides
-PROMPT_TOKENS = 512  # of the longest prompt
-RESPONSE_SHARE = 0.5  # mean response / sampling.max_new_tokens
-FLAT_SHARE = 0.5  # of groups: dropped, and sampled anew in the next round
-PEAK_FLOPS = {
-    "float32": 67e12,
-    "bfloat16": 989e12,
-}  # per second; H100 SXM, NVIDIA's data sheet, dense
-MEMORY_BANDWIDTH = 3.35e12  # bytes per second; the same source
-USE = {
-    "training": 0.35,
-    "prefill": 0.35,
-    "decode": 0.4,
-}  # of the peak; of decode also of the bandwidth
-GPUS_PER_NODE = 8
-LINK = {
-    "node": 300e9,
-    "network": 40e9,
-    "host": 3e9,
-}  # bytes per second and GPU: NVLink, 400 Gbit/s InfiniBand, gloo between hosts
-PICKLED, LISTED, WRITTEN = (
-    17,
-    72,
-    34,
-)  # bytes of a response token: sent as an object, as Python's numbers, in trajectories/*.jsonl
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a plan is for."""
+
+    cfg: Config
+    gpus: int
+    c: TransformerConfig
+    num_bytes: int  # of a number of compute.dtype
+    block: int  # parameters of a block
+    whole: int  # parameters of the model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A micro-batch. by_rows: attention repeats the prompt for every response, as on a GPU and for long responses."""
+    """A micro-batch."""
 
-    tokens: float  # prompts' and responses'
+    tokens: float  # of prompts and responses
     response_tokens: float
-    rows: float  # responses
-    longest: int  # tokens of the longest prompt and response
-    by_rows: bool = True
+    rows: float  # responses; attention repeats the prompt for each
+    longest: int  # tokens of the longest prompt with its response
 
 
-def read_architecture(cfg: Config) -> TransformerConfig:
-    file = Path(cfg.model.path) / "config.json"
-    if not file.exists():
-        raise ValueError(
-            f"{file}: not found; the plan needs this file and no weights. For a model of the Hugging Face hub: "
-            f"hf download OWNER/{file.parent.name} config.json --local-dir {file.parent}"
-        )
-    try:
-        return TransformerConfig.from_hf(json.loads(file.read_text(encoding="utf-8")), str(file))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from None
+def setting(cfg: Config, gpus: int) -> Setting:
+    """Count the parameters. Raises UserError for a config.json missing or not supported."""
+    c, dtype = hf.read_config(Path(cfg.model.path)), getattr(torch, cfg.compute.dtype)
+    with torch.device("meta"):
+        model = Transformer(c)
+    block = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    whole = sum(weight.numel() for weight in model.parameters())
+    return Setting(cfg=cfg, gpus=gpus, c=c, num_bytes=dtype.itemsize, block=block, whole=whole)
 
 
-def count_parameters(c: TransformerConfig) -> tuple[int, int]:
-    """Of a block, and of the root (embedding, last norm, head)."""
-    D, H, K, E = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-    attention = (
-        2 * D * H * E
-        + 2 * D * K * E
-        + c.qkv_bias * (H + 2 * K) * E
-        + c.o_bias * D
-        + c.qk_norm * 2 * E
-    )
-    return attention + 3 * D * c.intermediate_size + 2 * D, c.vocab_size * D * (
-        1 if c.tie_embeddings else 2
-    ) + D
-
-
-# -------------------------------------------------------------------------------------------------------------------- memory
-
-
-def always(c: TransformerConfig, cfg: Config, gpus: int) -> dict[str, float]:
-    block, root = count_parameters(c)
-    shard = 4.0 * (c.num_layers * block + root) * cfg.compute.replicas / gpus
-    parts = {"float32 master weights": shard}
-    if gpus == 1 and cfg.compute.dtype != "float32":
-        parts["weights for the sampler"] = float(
-            (c.num_layers * block + root) * NUM_BYTES[cfg.compute.dtype]
-        )
+def always(s: Setting) -> dict[str, float]:
+    """What lies on a GPU in all phases."""
+    cfg, shard = s.cfg, 4.0 * s.whole * s.cfg.compute.replicas / s.gpus
+    parts = {"float32 weights": shard}
     if cfg.method != "eval":
         parts |= {"float32 gradients": shard, "AdamW moments": 2 * shard}
     if cfg.method == "rloop" or cfg.rl.kl_coef > 0:
@@ -112,42 +74,29 @@ def always(c: TransformerConfig, cfg: Config, gpus: int) -> dict[str, float]:
     return parts
 
 
-def sampling(
-    c: TransformerConfig,
-    cfg: Config,
-    gpus: int,
-    rows: int,
-    *,
-    prompt_tokens: int = PROMPT_TOKENS,
-    stride: int = STRIDE,
-) -> dict[str, float]:
-    """While rows responses are decoded at once. The cache is given back afterwards, and so is the whole copy of sharded weights."""
-    b, (block, root) = NUM_BYTES[cfg.compute.dtype], count_parameters(c)
-    num_slots = math.ceil((prompt_tokens + cfg.sampling.max_new_tokens + stride - 1) / 16) * 16
+def sampling(s: Setting, rows: int, prompt_tokens: int = PROMPT_TOKENS) -> dict[str, float]:
+    """While rows responses are decoded at once."""
+    c, b = s.c, s.num_bytes
+    num_slots = round_up(prompt_tokens + s.cfg.sampling.max_new_tokens)
     slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * b
-    prompts = math.ceil(rows / cfg.rl.samples_per_problem)
-    prefill = (
-        prompts
-        * prompt_tokens
-        * (3 * c.intermediate_size * b + 16 * c.hidden_size + 8 * c.num_heads * prompt_tokens)
-    )
-    decode = (
-        rows * c.num_heads * num_slots * (2 * b + 4)
-    )  # scores, their softmax in float32, the weights
-    sorting = 28 if cfg.eval.top_p < 1 or cfg.eval.top_k > 0 else 0
+    prompts = math.ceil(rows / s.cfg.rl.samples_per_problem)
+    of_token = 4 * c.intermediate_size * b + 8 * c.hidden_size + 2 * c.num_heads * prompt_tokens * b
+    sorting = 28 if s.cfg.eval.top_p < 1 or s.cfg.eval.top_k > 0 else 0
+    # beside logits, new rows' logits and log-probs: their exp and its sum, or attention's weights
+    drawing = rows * c.vocab_size * (8 + sorting)
+    attention = rows * c.num_heads * num_slots * 2 * b
+    step = rows * c.vocab_size * 12 + max(prompts * prompt_tokens * of_token, drawing, attention)
     return {
-        "weights for the sampler": float((c.num_layers * block + root) * b) if gpus > 1 else 0.0,
-        "KV cache": float(rows * num_slots * slot),
-        "prompts' KV cache": float(prompts * prompt_tokens * slot),
-        "logits and attention of a step": float(
-            rows * c.vocab_size * 8 + max(prefill, rows * c.vocab_size * (8 + sorting) + decode)
-        ),
+        "weights in compute.dtype": 0 if s.gpus == 1 and b == 4 else s.whole * b,
+        "KV cache": rows * num_slots * slot,
+        "KV cache of the prompts": prompts * round_up(prompt_tokens) * slot,
+        "logits and attention": step,
     }
 
 
 def largest_batch(cfg: Config, micro_batch_tokens: int) -> Batch:
-    """The worst that micro_batches can make: whole groups of the longest responses; or, where one does not fit, the longest response beside
-    short ones of its group, which attention pads to its length."""
+    """The most expensive batch: whole groups of the longest responses; or, where no group fits, one
+    longest response beside short ones of its group, which attention pads to its length."""
     G, R = cfg.rl.samples_per_problem, cfg.sampling.max_new_tokens
     longest, group = PROMPT_TOKENS + R, PROMPT_TOKENS + G * R
     tokens = max(micro_batch_tokens, longest)
@@ -155,305 +104,107 @@ def largest_batch(cfg: Config, micro_batch_tokens: int) -> Batch:
     return Batch(tokens=tokens, response_tokens=tokens * G * R / group, rows=rows, longest=longest)
 
 
-def block_activations(c: TransformerConfig, batch: Batch, b: int) -> tuple[float, float]:
-    """Bytes that a block keeps for its gradient, and those on top while the gradient is computed; b: bytes of a computed number."""
-    M, Q, D, F = batch.tokens, batch.response_tokens, c.hidden_size, c.intermediate_size
-    H, HE, KE = c.num_heads, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    norm = M * D * (8 + b)  # input and normalised input in float32, and the result; twice a block
-    mlp = M * 4 * F * b  # gate, silu(gate), up, their product
-    slots = batch.rows * batch.longest
-    if batch.by_rows:
-        attention = slots * (
-            (2 * HE + 2 * KE) * b + 4 * H
-        )  # q, k, v, the result and log-sum-exp of the kernel
-        on_top = slots * (HE + 2 * KE) * 2 * b  # gradients of q, k, v for rows and for tokens
-    else:
-        scores = H * Q * batch.longest * b
-        attention = scores + Q * HE * b + slots * 2 * KE * b + (M - Q) * (2 * HE + 2 * KE) * b
-        on_top = 2 * scores
-    on_top = max(
-        2 * M * F * b, on_top - norm - mlp
-    )  # at the MLP; or at the attention, when the MLP's share is gone
-    return 2 * norm + mlp + attention + M * HE * b, on_top
-
-
-def training(
-    c: TransformerConfig, cfg: Config, gpus: int, batch: Batch, *, checkpoint: bool
-) -> dict[str, float]:
+def training(s: Setting, batch: Batch, checkpoint: bool) -> dict[str, float]:
     """While the gradient of a micro-batch is computed."""
-    b, (block, root) = NUM_BYTES[cfg.compute.dtype], count_parameters(c)
-    head = c.vocab_size * c.hidden_size
-    kept, on_top = block_activations(c, batch, b)
-    inputs = (
-        batch.tokens * c.hidden_size * (4 if gpus == 1 else b)
-    )  # one process keeps them in float32
-    num_logits = batch.response_tokens * c.vocab_size
-    at_logits = (12 if b == 4 else 14) * min(LOGITS_AT_ONCE, num_logits) + b * min(
-        LOGITS_KEPT, num_logits
-    )
+    c, b, M = s.c, s.num_bytes, batch.tokens
+    D, HE, KE = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    # what a block keeps: norms, MLP (gate, silu(gate), up, product), attention by rows
+    slots = batch.rows * batch.longest
+    norms = 2 * M * D * (8 + b)
+    mlp = M * 4 * c.intermediate_size * b
+    attention = slots * ((2 * HE + 2 * KE) * b + 4 * c.num_heads) + M * HE * b
+    kept, inputs = norms + mlp + attention, M * D * b
+    # on top of it while its gradient is computed: at the MLP, or at the attention behind it
+    on_top = max(2 * M * c.intermediate_size * b, slots * (HE + 2 * KE) * 2 * b - norms / 2 - mlp)
     at_block = on_top + (kept - inputs if checkpoint else 0)
-    if gpus == 1:
-        gathered = {"bfloat16 weights": float(c.num_layers * block * b) if b < 4 else 0.0}
+    # a chunk's logits, log-softmax and gradient; the head and its gradient
+    head, num_logits = c.vocab_size * D, batch.response_tokens * c.vocab_size
+    at_logits = (12 if b == 4 else 14) * min(LOGITS_AT_ONCE, num_logits)
+    if s.gpus == 1:
+        blocks = 1 if checkpoint else c.num_layers
+        weights = {"weights in compute.dtype": blocks * s.block * b if b < 4 else 0}
         at_logits += head * (4 + (b if b < 4 else 0))
         at_block += head * 4 * c.tie_embeddings  # a tied head's gradient waits for the embedding's
     else:
-        unsharded = min(2, c.num_layers) * block + root
-        gathered = {
-            "all-gathered weights (2 blocks, root)": float(unsharded * b),
-            "their gradients": float(unsharded * (b + 4)),
-        }
-    last_norm = batch.tokens * c.hidden_size * 8 + 2 * batch.response_tokens * c.hidden_size * b
-    return gathered | {
-        "activations": c.num_layers * (inputs if checkpoint else kept) + last_norm,
-        "chunked logits, or a block's gradient": max(at_logits, at_block),
+        gathered = s.whole - max(0, c.num_layers - 2) * s.block
+        weights = {"gathered weights (2 blocks, root)": gathered * b}
+        weights["their gradients"] = gathered * (b + 4)
+    return weights | {
+        "activations": c.num_layers * (inputs if checkpoint else kept) + M * D * (8 + 2 * b),
+        "logits, or a block's gradient": max(at_logits, at_block),
     }
 
 
-def phases(
-    c: TransformerConfig, cfg: Config, gpus: int, rows: int, batch: Batch
-) -> dict[str, dict[str, float]]:
-    """Phase -> part -> bytes of a GPU. "always" is there in all the others, which follow one another."""
-    fixed = always(c, cfg, gpus)
-    parts = {"always": fixed, "sampling": sampling(c, cfg, gpus, rows)}
-    if cfg.method != "eval":
-        parts["training"] = training(
-            c, cfg, gpus, batch, checkpoint=cfg.compute.checkpoint_activations
-        )
-        parts["training"]["lost in the allocator's gaps"] = FRAGMENTATION * sum(
-            parts["training"].values()
-        )
-        parts["optimizer"] = {"square roots of the moments": 2 * fixed["float32 master weights"]}
+def elsewhere(s: Setting) -> dict[str, float]:
+    """Memory of the host and disk. Every process gets all trajectories of a step."""
+    cfg, weights = s.cfg, 4.0 * s.whole
+    response = cfg.sampling.max_new_tokens + PROMPT_TOKENS / 3  # a prompt is ids alone
+    num_tokens = cfg.rl.problems_per_step * cfg.rl.samples_per_problem * response
+    loop = cfg.method == "rloop"
+    return {
+        "host: trajectories of a step, in every process": num_tokens * LISTED,
+        "host: weights to export, in the first process": weights,
+        "disk: trajectories": cfg.iterations * cfg.rl.steps * num_tokens * WRITTEN,
+        "disk: checkpoints, two and one being written": 3 * (4 if loop else 3) * weights,
+        "disk: policies": (2 * cfg.iterations if loop else 1) * weights,
+    }
+
+
+def phases(s: Setting, rows: int, micro_batch_tokens: int) -> dict[str, dict[str, float]]:
+    """Phase -> part -> bytes of a GPU."""
+    parts = {"always": always(s), "sampling": sampling(s, rows)}
+    if s.cfg.method != "eval":
+        batch = largest_batch(s.cfg, micro_batch_tokens)
+        train = training(s, batch, s.cfg.compute.checkpoint_activations)
+        parts["training"] = train | {"allocator's gaps": FRAGMENTATION * sum(train.values())}
+        parts["optimizer"] = {"square roots of the moments": 2 * parts["always"]["float32 weights"]}
     return parts
 
 
-def at_once(parts: dict[str, dict[str, float]], *names: str) -> float:
+def needed(parts: dict[str, dict[str, float]], *names: str) -> float:
     """Bytes of a GPU: what is always there, the largest of the named phases, and the reserve."""
-    return (
-        sum(parts["always"].values())
-        + max(sum(parts.get(name, {}).values()) for name in names)
-        + RESERVE
-    )
-
-
-def largest(fits, limit: int = 2**24) -> int:
-    """The largest number up to the limit that fits; 0 if none does."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
-# -------------------------------------------------------------------------------------------------------------- time and disk
-
-
-def sampled_problems(cfg: Config) -> list[float]:
-    """Problems of each round of an RL step's dynamic sampling: what was flat is replaced."""
-    return [cfg.rl.problems_per_step * FLAT_SHARE**r for r in range(cfg.rl.max_sampling_rounds)]
-
-
-def step_work(c: TransformerConfig, cfg: Config) -> dict[str, float]:
-    """FLOPs of an RL step on all GPUs together: two a parameter and token, four a head's number and pair of tokens."""
-    weights, head = c.num_layers * count_parameters(c)[0], c.vocab_size * c.hidden_size
-    pair, mean = (
-        4 * c.num_layers * c.num_heads * c.head_dim,
-        RESPONSE_SHARE * cfg.sampling.max_new_tokens,
-    )
-    prompts, seen = sum(sampled_problems(cfg)), PROMPT_TOKENS + mean / 2
-    trained = (
-        min(cfg.rl.problems_per_step, prompts * (1 - FLAT_SHARE))
-        * cfg.rl.samples_per_problem
-        * mean
-    )  # response tokens
-    trained_prompts = trained / (mean * cfg.rl.samples_per_problem) * PROMPT_TOKENS
-    extra = cfg.rl.recompute_logprobs + (
-        cfg.rl.kl_coef > 0
-    )  # forward passes for old and reference log-probs
-    forward = (trained + trained_prompts) * 2 * weights + trained * pair * seen
-    return {
-        "prefill": prompts * PROMPT_TOKENS * (2 * weights + pair * PROMPT_TOKENS / 2),
-        "decode": prompts
-        * cfg.rl.samples_per_problem
-        * mean
-        * (2 * (weights + head) + pair * seen),
-        "training": (3 + cfg.compute.checkpoint_activations + extra) * forward
-        + (4 + extra) * trained * 2 * head,
-    }
-
-
-def decode_seconds(c: TransformerConfig, cfg: Config, gpus: int) -> float:
-    """Every token's step reads the weights and the cache once; the last rows run on to the longest response."""
-    b, R = NUM_BYTES[cfg.compute.dtype], cfg.sampling.max_new_tokens
-    weights = c.num_layers * count_parameters(c)[0] + c.vocab_size * c.hidden_size
-    seconds = 0.0
-    for problems in sampled_problems(cfg):
-        responses = (
-            math.ceil(problems / gpus) * cfg.rl.samples_per_problem
-        )  # of the GPU that has most
-        rows = min(cfg.compute.max_rows, responses)
-        steps = responses * RESPONSE_SHARE * R / rows + (1 - RESPONSE_SHARE) * R
-        read = b * (
-            weights + rows * (PROMPT_TOKENS + R) * 2 * c.num_layers * c.num_kv_heads * c.head_dim
-        )
-        flops = rows * (
-            2 * weights + 4 * c.num_layers * c.num_heads * c.head_dim * (PROMPT_TOKENS + R)
-        )
-        seconds += (
-            steps
-            / USE["decode"]
-            * max(read / MEMORY_BANDWIDTH, flops / PEAK_FLOPS[cfg.compute.dtype])
-        )
-    return seconds
-
-
-def step_seconds(c: TransformerConfig, cfg: Config, gpus: int) -> dict[str, float]:
-    """Of an RL step. Training's collectives overlap with its products: the longer of the two counts."""
-    b, (block, root), work = NUM_BYTES[cfg.compute.dtype], count_parameters(c), step_work(c, cfg)
-    weights, shards = c.num_layers * block + root, gpus // cfg.compute.replicas
-    link, elsewhere = LINK["node" if shards <= GPUS_PER_NODE else "network"], 1 - 1 / shards
-    mean, speed = RESPONSE_SHARE * cfg.sampling.max_new_tokens, PEAK_FLOPS[cfg.compute.dtype] * gpus
-    groups = min(cfg.rl.problems_per_step, sum(sampled_problems(cfg)) * (1 - FLAT_SHARE))
-    tokens = (
-        groups
-        * (PROMPT_TOKENS + cfg.rl.samples_per_problem * mean)
-        / gpus
-        / cfg.compute.micro_batch_tokens
-    )
-    batches = cfg.rl.minibatches * math.ceil(tokens / cfg.rl.minibatches)
-    extra = math.ceil(tokens) * (cfg.rl.recompute_logprobs + (cfg.rl.kl_coef > 0))
-    moved = (
-        weights * elsewhere * (batches * (2 * b + 4) + extra * b)
-    )  # weights twice, gradients once a micro-batch
-    between_replicas = batches * 8 * weights / shards * (1 - 1 / cfg.compute.replicas)
-    return {
-        "copy of the weights for the sampler": len(sampled_problems(cfg))
-        * 4
-        * weights
-        * elsewhere
-        / link,
-        "prefill": work["prefill"] / speed / USE["prefill"],
-        "decode": decode_seconds(c, cfg, gpus),
-        "trajectories to every process": trajectory_bytes(cfg, PICKLED) / LINK["host"] * (gpus > 1),
-        "training, products": work["training"] / speed / USE["training"],
-        "training, collectives": moved / link + between_replicas / LINK["network"],
-    }
-
-
-def total_seconds(seconds: dict[str, float]) -> float:
-    training = [value for name, value in seconds.items() if name.startswith("training")]
-    return sum(seconds.values()) - min(training)
-
-
-def trajectory_bytes(cfg: Config, of_token: float) -> float:
-    """Of an RL step's trajectories; a prompt's tokens take a third of a response's, which have log-probs and text too."""
-    mean = RESPONSE_SHARE * cfg.sampling.max_new_tokens
-    return (
-        sum(sampled_problems(cfg))
-        * cfg.rl.samples_per_problem
-        * (mean + PROMPT_TOKENS / 3)
-        * of_token
-    )
-
-
-def disk(c: TransformerConfig, cfg: Config) -> dict[str, float]:
-    block, root = count_parameters(c)
-    weights = 4.0 * (c.num_layers * block + root)
-    iteration = cfg.rl.steps * trajectory_bytes(cfg, WRITTEN)
-    return {
-        "trajectories of an iteration": iteration,
-        "trajectories of the run": cfg.iterations * iteration,
-        "checkpoints, two kept and one being written": 3
-        * weights
-        * (4 if cfg.method == "rloop" else 3),
-        "exported policies": weights * (2 * cfg.iterations if cfg.method == "rloop" else 1),
-    }
-
-
-# -------------------------------------------------------------------------------------------------------------------- report
+    largest = max(sum(parts[name].values()) for name in names if name in parts)
+    return sum(parts["always"].values()) + largest + RESERVE
 
 
 def report(cfg: Config, gpus: int, gpu_memory_gb: float) -> str:
-    """The plan as text. Raises ValueError when config.json is not there, or the replicas do not divide the GPUs."""
-    if gpus % cfg.compute.replicas:
-        raise ValueError(f"compute.replicas = {cfg.compute.replicas}: must divide --gpus {gpus}")
-    c, rows, tokens = read_architecture(cfg), cfg.compute.max_rows, cfg.compute.micro_batch_tokens
-    block, root = count_parameters(c)
-    batch, limit, shards = (
-        largest_batch(cfg, tokens),
-        gpu_memory_gb * GIB,
-        gpus // cfg.compute.replicas,
-    )
-    parts = phases(c, cfg, gpus, rows, batch)
-    need = at_once(parts, "sampling", "training", "optimizer")
-    lines = [
-        f"{cfg.model.path}: {c.num_layers * block + root:,} parameters, computing in {cfg.compute.dtype}"
-    ]
-    lines.append(
-        f"{gpus} GPUs of {gpu_memory_gb:g} GiB, weights in {shards} shards, {cfg.compute.replicas} replicas"
-    )
-    lines += [
-        "",
-        f"memory of a GPU, GiB, at compute.max_rows = {rows}, compute.micro_batch_tokens = {tokens}",
-    ]
-    lines += [
-        f"  {phase:<10} {name:<40} {size / GIB:8.2f}"
-        for phase in parts
-        for name, size in parts[phase].items()
-    ]
-    kept = {
-        on: training(c, cfg, gpus, batch, checkpoint=on)["activations"] / GIB
-        for on in (True, False)
-    }
-    lines.append(
-        f"             (activations: {kept[True]:.2f} with checkpointing, {kept[False]:.2f} without)"
-    )
+    """The plan as text. Raises UserError for replicas that do not divide the GPUs, and for a
+    config.json that is missing or not supported."""
+    replicas = cfg.compute.replicas
+    if gpus % replicas:
+        raise UserError(f"compute.replicas = {replicas}: must divide --gpus {gpus}")
+    s, limit = setting(cfg, gpus), gpu_memory_gb * GIB
+    rows, tokens = cfg.compute.max_rows, cfg.compute.micro_batch_tokens
+    parts = phases(s, rows, tokens)
+    need = needed(parts, "sampling", "training", "optimizer")
     verdict = "fits" if need <= limit else f"DOES NOT FIT, {(need - limit) / GIB:.2f} too much"
-    lines.append(
-        f"  at once    {'always + the largest phase + the reserve':<40} {need / GIB:8.2f} of {gpu_memory_gb:g}: {verdict}"
+    lines = [
+        f"{cfg.model.path}: {s.whole:,} parameters, computing in {cfg.compute.dtype}",
+        f"{gpus} GPUs of {gpu_memory_gb:g} GiB: {replicas} x {gpus // replicas} shards",
+        "",
+        f"GiB of a GPU at compute.max_rows = {rows}, compute.micro_batch_tokens = {tokens}",
+    ]
+    for phase in parts:
+        for name, size in parts[phase].items():
+            lines.append(f"  {phase:<10} {name:<40} {size / GIB:8.2f}")
+    total = f"  {'at once':<10} {'always + the largest phase + reserve':<40}"
+    lines.append(f"{total} {need / GIB:8.2f} of {gpu_memory_gb:g}: {verdict}")
+
+    too_many = (
+        lambda n: needed(phases(s, n, tokens), "sampling") > limit,
+        lambda n: needed(phases(s, rows, n), "training", "optimizer") > limit,
     )
-    most_rows = largest(lambda n: at_once(phases(c, cfg, gpus, n, batch), "sampling") <= limit)
-    most_tokens = largest(
-        lambda n: (
-            at_once(phases(c, cfg, gpus, rows, largest_batch(cfg, n)), "training", "optimizer")
-            <= limit
-        )
-    )
-    lines.append(
-        f"  the most that fits: compute.max_rows = {most_rows:,}, compute.micro_batch_tokens = {most_tokens:,}"
-    )
-    seconds, work = step_seconds(c, cfg, gpus), step_work(c, cfg)
+    most_rows, most_tokens = (bisect_left(range(1, 2**24), True, key=key) for key in too_many)
+    lines += [
+        f"  most that fits: compute.max_rows = {most_rows},"
+        f" compute.micro_batch_tokens = {most_tokens}",
+        "",
+        "GB of 10^9, at most, for one sampling round a step",
+    ]
+    lines += [f"  {name:<51} {size / 1e9:8.1f}" for name, size in elsewhere(s).items()]
     lines += [
         "",
-        f"an RL step: {total_seconds(seconds):,.1f} s = {total_seconds(seconds) / 3600:.2f} hours, {sum(work.values()):.2e} FLOPs",
+        f"assumed, never measured on a GPU: prompts up to {PROMPT_TOKENS} tokens,"
+        f" {RESERVE / GIB:g} GiB in reserve, {FRAGMENTATION:.0%} of training lost in gaps",
     ]
-    lines += [
-        f"  {name:<40} {value:12,.1f} s" + (f"  {work[name]:.2e} FLOPs" if name in work else "")
-        for name, value in seconds.items()
-    ]
-    lines[-2] += f"  {work['training']:.2e} FLOPs"
-    lines.append(
-        f"  the run: {cfg.iterations * cfg.rl.steps} RL steps, {cfg.iterations * cfg.rl.steps * total_seconds(seconds) / 86400:.1f} days"
-    )
-    sent, listed = trajectory_bytes(cfg, PICKLED), trajectory_bytes(cfg, LISTED)
-    lines += [
-        "",
-        f"host memory of every process, GB: {sent / 1e9:.1f} received in an RL step, as Python's numbers {listed / 1e9:.1f}",
-    ]
-    lines += ["", "disk, GB"] + [
-        f"  {name:<45} {size / 1e9:10,.1f}" for name, size in disk(c, cfg).items()
-    ]
-    return "\n".join([*lines, "", assumptions(cfg)])
-
-
-def assumptions(cfg: Config) -> str:
-    use = ", ".join(f"{name} {value:.0%}" for name, value in USE.items())
-    links = ", ".join(f"{name} {value / 1e9:g}" for name, value in LINK.items())
-    return "\n".join(
-        (
-            f"assumed, not measured: longest prompt {PROMPT_TOKENS} tokens; mean response {RESPONSE_SHARE:.0%} of the limit of "
-            f"{cfg.sampling.max_new_tokens}; {FLAT_SHARE:.0%} of groups flat;",
-            f"  of {PEAK_FLOPS[cfg.compute.dtype] / 1e12:g} TFLOP/s and {MEMORY_BANDWIDTH / 1e12:g} TB/s are used: {use};",
-            f"  links, GB/s and GPU: {links}; {GPUS_PER_NODE} GPUs a node; reserve {RESERVE / GIB:g} GiB; gaps {FRAGMENTATION:.0%} of "
-            "what training allocates",
-        )
-    )
+    return "\n".join(lines)

@@ -16,7 +16,8 @@
 
 Shapes, in the whole project: N problems (groups), G samples of a problem, B = N*G rows (responses),
 T tokens of a row, M tokens of a packed micro-batch, Q response tokens of it, R live rows of the
-sampler, V vocabulary, D width, H query heads, K kv heads, E head width, S cache slots.
+sampler, V vocabulary, D width, H query heads, K kv heads, E head width, S slots of a cache, U and
+W tokens of a micro-batch's longest prompt and longest response (scale/speed.py).
 Log-probs are natural logs in float32. Everywhere run is a run.Run, policy a model.Transformer,
 tokenizer a data.tokenizer.Tokenizer, cfg a config.Config, problems and heldout list[Problem].
 """
@@ -68,10 +69,8 @@ class Trajectory:
 
 
 def run_rloop(run, policy, tokenizer, problems, heldout) -> None:
-    """theta_{i+1} = fine-tune theta_i on the successes of an RL phase that starts from theta_i.
-
-    A stopped run enters here again: what is done already is skipped by the called functions.
-    """
+    """theta_{i+1} = fine-tune theta_i on the successes of an RL phase that starts from theta_i. A
+    stopped run enters here again: the called functions skip what is done already."""
     for _ in range(run.progress.iteration, run.cfg.iterations):
         theta_i = run.phase_start(policy)
         explore(run, policy, tokenizer, problems, heldout, run.cfg.rl.steps, theta_i)

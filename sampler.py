@@ -119,7 +119,9 @@ def sample(
     bar = tqdm(total=total, desc="sampling", unit="tok", leave=False, delay=5, disable=disable)
     while rows or waiting:
         admitted: list[int] = []
-        while waiting and len(rows) + len(waiting[0][1]) <= max_rows:
+        # a prefill costs about a decode step: wait until an eighth of the rows is free
+        wait = max_rows - len(rows) < max_rows // 8
+        while waiting and not wait and len(rows) + len(waiting[0][1]) <= max_rows:
             p, samples = waiting.popleft()
             for g in samples:
                 rng = np.random.default_rng((seed, first_prompt + p, g))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from answers.symbolic import judge
+from answers.workers import ask_worker
 from data import countdown, files
-from verify import answers_match, ask_worker
 
 GYM_GENERATION_S = 600.0
 MAX_SHOWN = 20  # broken records that an error lists
@@ -73,10 +74,7 @@ def load_problems(
             raise ValueError(
                 f"{where}: id {first.id!r} stands in the file twice, for different questions"
             )
-        if (
-            first.answer != problem.answer
-            and not answers_match(first.answer, problem.answer).correct
-        ):
+        if first.answer != problem.answer and judge(first.answer, problem.answer) != "correct":
             contradicted[key] = where
     if unreadable:
         shown = "".join(f"\n  {error}" for error in unreadable[:MAX_SHOWN]) + (

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from verify import check_gold, extract_boxed
+from answers.equality import check_gold
+from answers.extract import extract_boxed
 
 QUESTION_FIELDS = ("problem", "question", "prompt", "Problem", "Question")
 ANSWER_FIELDS = (

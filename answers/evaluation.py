@@ -1,26 +1,44 @@
-"""The value of an expression tree of latex.py: exact as long as it can be, then a real or complex number; and matrix arithmetic.
+"""The value of an expression tree of latex.py: exact where possible, else a real or complex number.
 
-The caps below hold before anything is computed, so that no text can make a number that does not fit into memory, or take long.
+The caps below hold before anything is computed: no text makes a number that does not fit into
+memory, or takes long.
 """
 
 import math
 import operator
-import threading
 from fractions import Fraction
-from functools import reduce
 
 from mpmath.ctx_mp import MPContext
-
-from latex import MINUS_ONE, Exhausted, TooHard, Undefined
 
 MAX_BITS = 24_000  # of an exact intermediate value
 MAX_EXPONENT = 10**6
 MAX_FACTORIAL = 3000  # computed exactly; above it by the gamma function
-MAX_TERMS = 1000  # of a sum
-MAX_STEPS = 20_000  # of all evaluations for one verdict, of about 5 us each
+MAX_STEPS = 20_000  # of all evaluations for one verdict
 
-SMALL, LARGE = MPContext(), MPContext()
-SMALL.dps, LARGE.dps = 40, 80
+SMALL = MPContext()
+SMALL.dps = 40
+ROUNDING = SMALL.mpf(10) ** -25  # relative; what differs by less counts as equal
+
+
+class Undefined(ArithmeticError):
+    """No value at this point: division by zero, log 0, infinity."""
+
+
+class TooHard(ArithmeticError):
+    """Exceeds a cap, or is of a kind that has no value here."""
+
+
+class Budget:
+    """The steps that all evaluations for one verdict may take together."""
+
+    def __init__(self, steps: int = MAX_STEPS):
+        self.steps = steps
+
+    def spend(self, steps: int) -> None:
+        """Raises TooHard when no steps are left."""
+        self.steps -= steps
+        if self.steps < 0:
+            raise TooHard("too many steps")
 
 
 def variables(node) -> set[str]:
@@ -43,35 +61,21 @@ def contains(node, kinds: set[str]) -> bool:
     )
 
 
-_budget = threading.local()
-
-
-def start_budget(steps: int = MAX_STEPS) -> None:
-    """What this thread may spend from here on; an evaluation that needs more raises Exhausted."""
-    _budget.steps = steps
-
-
-def _spend(steps: int) -> None:
-    _budget.steps = getattr(_budget, "steps", MAX_STEPS) - steps
-    if _budget.steps < 0:
-        raise Exhausted("too many steps")
-
-
 class Evaluation:
-    """The value of a tree at a point: a Fraction as long as it is exact, then a real or complex number of the context's precision.
+    """The value of a tree at a point: a Fraction while exact, then a number of SMALL's precision.
 
     Raises Undefined or TooHard.
     """
 
-    def __init__(
-        self, point: dict[str, Fraction], context: MPContext = SMALL, real_only: bool = False
-    ):
+    context = SMALL
+
+    def __init__(self, budget: Budget, point: dict[str, Fraction], real_only: bool = False):
+        self.budget = budget
         self.point = point
-        self.context = context
         self.real_only = real_only  # sqrt(x) is Undefined at x = -1
 
     def value(self, node: tuple):
-        _spend(1)
+        self.budget.spend(1)
         method = getattr(self, "_" + node[0], None)
         if method is None:
             raise TooHard(f"{node[0]} has no value")
@@ -95,7 +99,7 @@ class Evaluation:
         """The fraction, or a real number when it has grown too large to stay exact."""
         bits = value.numerator.bit_length() + value.denominator.bit_length()
         if bits > 1000:
-            _spend((bits // 1000) ** 2)
+            self.budget.spend((bits // 1000) ** 2)
         return self.real(value) if bits > 2 * MAX_BITS else value
 
     def _num(self, value, digits):
@@ -116,7 +120,12 @@ class Evaluation:
     def _add(self, nodes):
         total = Fraction(0)
         for node in nodes:
-            total = self.both(total, self.value(node), operator.add)
+            value = self.value(node)
+            before, total = total, self.both(total, value, operator.add)
+            if not isinstance(total, Fraction):
+                low, high = sorted((abs(self.real(before)), abs(self.real(value))))
+                if 0 < low < high * ROUNDING:
+                    raise Undefined("a term is lost beside the others")
         return total
 
     def _mul(self, nodes):
@@ -199,7 +208,7 @@ class Evaluation:
 
     def _fn(self, name, arguments):
         values = [self.value(node) for node in arguments]
-        _spend(5 if all(isinstance(value, Fraction) for value in values) else 25)
+        self.budget.spend(5 if all(isinstance(value, Fraction) for value in values) else 25)
         method = getattr(self, "fn_" + name, None)
         if method is not None:
             try:
@@ -226,9 +235,6 @@ class Evaluation:
 
     def fn_ln(self, x):
         return self.fn_log(x)
-
-    def fn_lg(self, x):
-        return self.fn_log(x, Fraction(10))
 
     def fn_log(self, x, base=None):
         if x == 0 or base is not None and (base == 0 or base == 1):
@@ -272,39 +278,6 @@ class Evaluation:
             self.small(self.real(n), 10**6), self.small(self.real(k), 10**6)
         )
 
-    def integers(self, values) -> list[int]:
-        if not all(isinstance(v, Fraction) and v.denominator == 1 for v in values):
-            raise TooHard("not integers")
-        return [int(v) for v in values]
-
-    def fn_gcd(self, *values):
-        return Fraction(math.gcd(*self.integers(values)))
-
-    def fn_lcm(self, *values):
-        return Fraction(math.lcm(*self.integers(values)))
-
-    def fn_max(self, *values):
-        return max(map(self.as_real, values), key=self.real)
-
-    def fn_min(self, *values):
-        return min(map(self.as_real, values), key=self.real)
-
-    def _series(self, name, variable, low, high, body):
-        if name == "int" or low is None or contains(high, {"const"}) or contains(low, {"const"}):
-            raise TooHard("an integral or infinite series")
-        low, high = self.integers([self.value(low), self.value(high)])
-        if high - low > MAX_TERMS:
-            raise TooHard("too many terms")
-        total = Fraction(name == "prod")
-        outer, self.point = self.point, dict(self.point)
-        for k in range(low, high + 1):
-            self.point[variable] = Fraction(k)
-            total = self.both(
-                total, self.value(body), operator.mul if name == "prod" else operator.add
-            )
-        self.point = outer
-        return total
-
 
 _ANALYTIC = {
     "sin",
@@ -326,107 +299,3 @@ def _exact_root(n: int, k: int) -> int:
     """The k-th root of n when it is an integer, else 0."""
     root = math.isqrt(n) if k == 2 else round(n ** (1 / k)) if n.bit_length() < 900 else 0
     return root if root**k == n else 0
-
-
-# ---- matrix arithmetic ----
-
-_TRANSPOSED = [("var", name) for name in ("T", "t", "\\top", "\\intercal")]
-MAX_ENTRY = 300  # nodes in the tree of an entry
-MAX_PRODUCTS = 1000  # of entries, in one product of matrices
-
-
-def fold_matrices(node: tuple) -> tuple:
-    """The tree with sums, products, multiples, powers, transposes and determinants of matrices carried out; as it is where it cannot be."""
-    if node[0] in ("list", "set", "tuple"):
-        return (node[0], tuple(map(fold_matrices, node[1])))
-    if node[0] == "rel":
-        return ("rel", tuple(map(fold_matrices, node[1])), node[2])
-    try:
-        return _matrix_value(node)
-    except TooHard:
-        return node
-
-
-def _matrix_value(node: tuple) -> tuple:
-    kind = node[0]
-    if not contains(node, {"matrix"}) or kind == "matrix":
-        return node
-    if kind == "fn" and node[1] == "det":
-        return _determinant(_matrix_value(node[2][0]))
-    if kind == "neg":
-        return _product(MINUS_ONE, _matrix_value(node[1]))
-    if kind == "pow" and node[2] in _TRANSPOSED:
-        return ("matrix", tuple(zip(*_entries(_matrix_value(node[1])), strict=True)))
-    if kind == "pow" and node[2][0] == "num" and node[2][1] in range(1, 7):
-        return reduce(_product, [_matrix_value(node[1])] * int(node[2][1]))
-    if kind in ("add", "mul"):
-        return reduce(_sum if kind == "add" else _product, map(_matrix_value, node[1]))
-    raise TooHard(f"{kind} of a matrix")
-
-
-def _entries(node: tuple) -> tuple:
-    if node[0] != "matrix":
-        raise TooHard("not a matrix")
-    return node[1]
-
-
-def _sum(left: tuple, right: tuple) -> tuple:
-    a, b = _entries(left), _entries(right)
-    if (len(a), len(a[0])) != (len(b), len(b[0])):
-        raise TooHard("a sum of matrices of two sizes")
-    return (
-        "matrix",
-        tuple(
-            tuple(_exact(("add", pair)) for pair in zip(*rows, strict=True))
-            for rows in zip(a, b, strict=True)
-        ),
-    )
-
-
-def _product(left: tuple, right: tuple) -> tuple:
-    if left[0] != "matrix" != right[0]:
-        return _exact(("mul", (left, right)))
-    if left[0] != "matrix" or right[0] != "matrix":
-        factor, matrix = (left, right) if right[0] == "matrix" else (right, left)
-        return (
-            "matrix",
-            tuple(tuple(_exact(("mul", (factor, entry))) for entry in row) for row in matrix[1]),
-        )
-    a, columns = left[1], tuple(zip(*right[1], strict=True))
-    if len(a[0]) != len(right[1]) or len(a) * len(columns) * len(a[0]) > MAX_PRODUCTS:
-        raise TooHard("a product of matrices")
-    products = [
-        [tuple(("mul", pair) for pair in zip(row, column, strict=True)) for column in columns]
-        for row in a
-    ]
-    return ("matrix", tuple(tuple(_exact(("add", terms)) for terms in row) for row in products))
-
-
-def _determinant(node: tuple) -> tuple:
-    rows = _entries(node)
-    if len(rows) != len(rows[0]) or len(rows) > 4:
-        raise TooHard("determinant")
-    if len(rows) == 1:
-        return rows[0][0]
-    terms = []
-    for j, entry in enumerate(rows[0]):
-        minor = _determinant(("matrix", tuple((*row[:j], *row[j + 1 :]) for row in rows[1:])))
-        terms.append(_exact(("mul", (entry, ("neg", minor) if j % 2 else minor))))
-    return _exact(("add", tuple(terms)))
-
-
-def _exact(node: tuple) -> tuple:
-    """One number in place of an expression that is rational; a cap on all others, as they grow with every product."""
-    nodes, size = [node], 0
-    while nodes:
-        size += 1
-        if size > MAX_ENTRY:
-            raise TooHard("a matrix with large entries")
-        nodes += [child for child in nodes.pop() if isinstance(child, tuple)]
-    if variables(node):
-        return node
-    try:
-        value = Evaluation({}).value(node)
-    except Undefined:
-        return node
-    return ("num", value, 0) if isinstance(value, Fraction) else node

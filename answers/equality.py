@@ -1,0 +1,761 @@
+"""Are two mathematical answers equal? Nothing here runs sympy or executes text.
+
+What counts as equal (a false accept is worse than a false reject):
+    numbers      exact; a decimal stands for a number without finite decimal only when it is that
+                 number rounded to 7 or more digits, or cut off there
+    percent      9% is 0.09; the gold 9% also accepts 9, the gold 9 does not accept 9%
+    units        a unit missing on one side is no difference; two must measure the same, 5 cm is
+                 50 mm; 90 degrees is 90 and pi/2
+    order        (1, 2) is ordered, and neither {1, 2} nor the list 1, 2; lists and sets are not
+                 ordered; every item of a list counts
+    (1, 2)       is a point, but also the open interval when the other side is one
+    x = 5        is 5; it is not y = 5; a chain whose parts differ (x = 41 = 42) is nothing
+    equations    equal up to a constant factor; inequalities up to a positive one, or as sets
+    matrices     entry by entry; a row, a column and a tuple are the same vector
+    letters      x is not X; words are compared without case
+    functions    equal wherever both are real: 2 ln x is ln x^2, but |x| is not x
+    1010_2       is the number ten, and not 1010
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from functools import lru_cache
+
+from answers.evaluation import (
+    ROUNDING, SMALL, Budget, Evaluation, TooHard, Undefined, contains, variables,
+)  # fmt: skip
+from answers.extract import extract_boxed
+from answers.latex import FUNCTIONS, GREEK_WORDS, MAX_CHARS, NotMath, parse
+
+MAX_ITEMS = 100
+MAX_VARIABLES = 10
+ROUNDED_DIGITS = 7  # so many significant digits, correctly rounded, stand for a number
+
+
+class Undecided(Exception):
+    """Only sympy can tell."""
+
+
+def compare(
+    gold: str,
+    answer: str,
+    tolerance: float = 0.0,
+    symbolic: Callable[[tuple, tuple], bool] | None = None,
+) -> str:
+    """The verdict's reason: "correct", "wrong", "unparsable" or "undecided". Never raises.
+
+    tolerance: a number at most so far from gold is correct, too.
+    symbolic: compares two trees that only sympy can; without it, they are "undecided".
+    """
+    gold, answer = extract_boxed(gold) or gold, extract_boxed(answer) or answer
+    comparison = _Comparison(symbolic)
+    try:
+        gold_node = read(gold)
+        label = gold_node[0] == "var" and _LABELLED.match(answer)
+        if label and gold_node[1].isupper():  # (C) 42 for C
+            return "correct" if label[1] == gold_node[1] else "wrong"
+        answer_node = read(_LABEL.sub("", answer))
+        unitless = _LETTER_UNIT.fullmatch(answer)
+        bare_node = read(unitless[1]) if unitless and not variables(gold_node) else None
+    except NotMath:
+        return "unparsable"
+    try:
+        is_same = (
+            tolerance
+            and comparison.within(gold_node, answer_node, tolerance)
+            or comparison.same(gold_node, answer_node)
+            or bare_node is not None
+            and gold_node[0] != "unit"
+            and comparison.same(gold_node, bare_node)
+        )
+        return "correct" if is_same else "wrong"
+    except Undecided:
+        return "undecided"
+    except (ArithmeticError, ValueError, RecursionError):  # also what mpmath raises
+        return "wrong"
+
+
+def check_gold(gold: str) -> None:
+    """Raises ValueError when gold cannot be read as an answer: nothing could ever be right."""
+    try:
+        read(extract_boxed(gold) or gold)
+    except NotMath as error:
+        raise ValueError(f"gold answer {gold[:80]!r} cannot be read: {error}") from None
+
+
+# ---- reading ----
+
+# a multiple-choice letter with its text, "(C) 42" or "C. 42"; and the label alone, to be dropped
+_LABELLED = re.compile(
+    r"[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{)?\(?([A-J])[).:][\s}.:~\\$]*"
+    r"(?![-+*/^=_,\s}]|\\[ct])\S"
+)
+_LABEL = re.compile(
+    r"^[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{\(?[A-E]\)\}|\([A-E]\))[\s~\\]+(?=[\d$\\-])"
+)
+_LETTER_UNIT = re.compile(r"(.*[\d)}])(?:\s|\\,|~|\$)+[msghLNJWVK](?:\^\d)?[$.]?")
+_COMMAND = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|hbox)\s?\{([^{}]*)\}"
+)
+_LEAD_IN = re.compile(
+    r"\s*(?:\\text\{)?(?:the )?(?:final |correct )?(?:answer(?: is|:)|option|choice) ?\}? ?(?=.)",
+    re.IGNORECASE,
+)
+_TIME = re.compile(r"(\d{1,2}(?::\d{2})?) ?([ap])\.?m\.?")
+_MATHS_WORDS = {*FUNCTIONS, *GREEK_WORDS, "and", "or", "inf", "infinity", "infty", "in", "mod"}
+_PHRASES = {
+    **dict.fromkeys(
+        ("no solution", "no solutions", "no real solution", "no real solutions"), ("set", ())
+    ),
+    **dict.fromkeys(("empty set", "none"), ("set", ())),
+    **dict.fromkeys(("all real numbers", "all reals", "real numbers"), ("var", "mathbb R")),
+}
+
+
+@lru_cache(maxsize=4096)  # the gold answer comes once for each sample of a group
+def read(text: str) -> tuple:
+    """The tree of an answer; words become ("text", words). Raises NotMath."""
+    if len(text) > MAX_CHARS:
+        raise NotMath(f"longer than {MAX_CHARS} characters")
+    if not any(c.isalnum() or c in "∅{∞" for c in text):
+        raise NotMath("no letter and no digit")
+    text = text[lead_in.end() :] if (lead_in := _LEAD_IN.match(text)) else text
+    plain = " ".join(_COMMAND.sub(r" \1 ", text).replace("$", " ").replace("\\ ", " ").split())
+    words = plain.strip(" .,;:!\"'*`()[]{}").casefold()
+    if _is_words(plain.strip(" .,;:!\"'*`()[]{}")):
+        words = words.removeprefix("the ").removeprefix("an ").removeprefix("a ")
+        return _PHRASES.get(words) or ("text", words)
+    time = _TIME.fullmatch(words)
+    if time:
+        return ("text", f"{time[1]} {time[2]}m")
+    try:
+        return parse(text)
+    except NotMath:
+        if len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", words)) < 2 or not _is_balanced(text):
+            raise
+        return ("text", re.sub(r"\s|\\(?:left|right)(?![a-z])", "", words))
+
+
+def _is_words(text: str) -> bool:
+    """Is this language, rather than variables and functions?"""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z' -]*", text):
+        return False
+    words = [word for word in text.split() if len(word) > 1 and word not in _MATHS_WORDS]
+    if re.fullmatch(r"(?:sin|cos|tan|log|ln)[a-z]{0,2}", text):  # sinx
+        return False
+    return any(len(word) > 2 or word.lower() in ("no", "am", "pm") for word in words)
+
+
+def _is_balanced(text: str) -> bool:
+    depth = 0
+    for mark in re.findall(r"\\.|[{}]", text):
+        depth += {"{": 1, "}": -1}.get(mark, 0)
+        if depth < 0:
+            return False
+    return depth == 0 and text.count("(") == text.count(")")
+
+
+# ---- trees ----
+
+_REALS = ("var", "mathbb R")
+_INFINITY = ("const", "inf")
+_Piece = tuple[tuple, bool, tuple, bool]  # low end, closed, high end, closed
+
+
+def _is_equation(node: tuple) -> bool:
+    return node[0] == "rel" and node[2] == ("=",)
+
+
+def _is_inequality(node: tuple) -> bool:
+    return node[0] == "rel" and not {"=", "~", "in", "->"} & set(node[2])
+
+
+def _assigns(node: tuple) -> bool:
+    """Does a list give values to several names: x = 1, y = 2?"""
+    if node[0] != "list" or not all(map(_is_equation, node[1])):
+        return False
+    names = {item[1][0] for item in node[1]}
+    return len(names) > 1 and all(map(_is_name, names))
+
+
+def _is_name(node: tuple) -> bool:
+    """Something that an equation gives a value to: x, m_max, AB, f(x), |PQ|, (x, y), the area."""
+    kind = node[0]
+    if kind == "mul":
+        function, *rest = node[1]
+        is_call = function[0] == "var" and (len(function[1]) == 1 or function[1][0] == "\\")
+        return all(map(_is_name, node[1])) or is_call and len(rest) == 1
+    if kind == "inv":
+        return _is_name(node[1])
+    if kind == "fn":
+        return node[1] in ("abs", "max", "min", "det") and all(map(_is_name, node[2]))
+    return kind in ("var", "text") or kind == "tuple" and all(map(_is_name, node[1]))
+
+
+def _has_sign(node: tuple) -> bool:
+    return contains(node, {"pm", "mp"})
+
+
+def _signed(node, sign: int):
+    """The tree with every ± read as sign and every ∓ as its opposite."""
+    if not isinstance(node, tuple) or not node:
+        return node
+    if node[0] in ("pm", "mp"):
+        inner = _signed(node[1], sign)
+        return inner if (sign > 0) == (node[0] == "pm") else ("neg", inner)
+    return tuple(_signed(child, sign) for child in node)
+
+
+def _items(node: tuple) -> list[tuple]:
+    items = list(node[1]) if node[0] in ("list", "set") else [node]
+    if len(items) > MAX_ITEMS:
+        raise TooHard("too many items")
+    return [
+        branch
+        for item in items
+        for branch in ((_signed(item, 1), _signed(item, -1)) if _has_sign(item) else (item,))
+    ]
+
+
+def _vector(node: tuple) -> tuple:
+    """The entries of a tuple; [1, 2] reads as an interval."""
+    if node[0] == "interval" and node[3] and node[4]:
+        return node[1:3]
+    return node[1] if node[0] == "tuple" else ()
+
+
+def _rows(node: tuple) -> tuple:
+    """The rows of a matrix, or of tuples in a tuple; a tuple of numbers is one row."""
+    if node[0] == "matrix":
+        return node[1]
+    rows = tuple(map(_vector, _vector(node)))
+    return rows if rows and all(rows) else (_vector(node),)
+
+
+def _difference(relation: tuple) -> tuple:
+    left, right = relation[1]
+    return ("add", (left, ("neg", right)))
+
+
+def _quantity(node: tuple) -> tuple[tuple, tuple, Fraction]:
+    """(value, unit, factor to the base units)"""
+    if node[0] == "unit":
+        return node[1], node[2], node[3]
+    if node[0] == "neg" and node[1][0] == "unit":
+        return ("neg", node[1][1]), node[1][2], node[1][3]
+    return node, (), Fraction(1)
+
+
+def _percent(node: tuple) -> tuple | None:
+    if node[0] == "neg" and node[1][0] == "pct":
+        return ("neg", node[1][1])
+    return node[1] if node[0] == "pct" else None
+
+
+def _mentions(node, wanted: tuple) -> bool:
+    return node == wanted or (
+        isinstance(node, tuple) and any(_mentions(child, wanted) for child in node)
+    )
+
+
+def _renamed(node, old: tuple, new: tuple):
+    if node == old or not isinstance(node, tuple):
+        return new if node == old else node
+    return tuple(_renamed(child, old, new) for child in node)
+
+
+# ---- the comparison ----
+
+
+class _Comparison:
+    """One verdict: its budget, and what compares trees that only sympy can."""
+
+    def __init__(self, symbolic: Callable[[tuple, tuple], bool] | None):
+        self.budget = Budget()
+        self.symbolic = symbolic
+
+    def value(self, node: tuple, point: dict[str, Fraction] | None = None, real_only: bool = False):
+        return Evaluation(self.budget, point or {}, real_only).value(node)
+
+    def same(self, gold: tuple, answer: tuple) -> bool:
+        if gold == answer or {gold, answer} == {_REALS, ("var", "R")}:
+            return True
+        kinds = {gold[0], answer[0]}
+        if "text" in kinds:
+            return False
+        if _is_equation(gold) and _is_equation(answer) and self.same_equation(gold, answer):
+            return True
+        if _assigns(gold) != _assigns(answer):
+            equations, values = (gold, answer) if _assigns(gold) else (answer, gold)
+            return self.same_assignment(equations[1], values)
+        named, answer_named = self.named(gold), self.named(answer)
+        if named or answer_named:
+            return self.same_named(named or (None, gold), answer_named or (None, answer))
+        if kinds & {"list", "set"} or _has_sign(gold) or _has_sign(answer):
+            return self.same_collection(gold, answer)
+        if "matrix" in kinds:
+            return self.same_matrix(gold, answer)
+        if kinds & {"interval", "union", "rel"} or _REALS in (gold, answer):
+            return self.same_region(gold, answer)
+        if kinds & {"tuple", "ratio", "minus", "mod"}:
+            return self.same_parts(gold, answer)
+        return self.same_quantity(gold, answer)
+
+    def all_same(self, gold: Sequence, answer: Sequence, same: Callable | None = None) -> bool:
+        return len(gold) == len(answer) and all(map(same or self.same, gold, answer))
+
+    def same_matrix(self, gold: tuple, answer: tuple) -> bool:
+        """Entry by entry; a matrix of one row or column is also a tuple."""
+        rows, answer_rows = _rows(gold), _rows(answer)
+        if gold[0] != answer[0] and len(rows) != len(answer_rows):
+            rows, answer_rows = (
+                tuple(zip(*r, strict=True)) if len(r) > 1 and len(r[0]) == 1 else r
+                for r in (rows, answer_rows)
+            )
+        return self.all_same(rows, answer_rows, self.all_same)
+
+    def same_parts(self, gold: tuple, answer: tuple) -> bool:
+        if "mod" in (gold[0], answer[0]) and gold[0] != answer[0]:  # 7 (mod 11) is 7
+            gold, answer = (node[1] if node[0] == "mod" else node for node in (gold, answer))
+            return not variables(gold) and self.same(gold, answer)
+        if gold[0] != "ratio" == answer[0] and len(answer[1]) == 2:  # 2 : 3 for 2/3
+            return self.same(gold, ("mul", (answer[1][0], ("inv", answer[1][1]))))
+        parts = [node[1] if node[0] in ("tuple", "ratio") else node[1:] for node in (gold, answer)]
+        return gold[0] == answer[0] and self.all_same(*parts)
+
+    # names
+
+    def named(self, node: tuple) -> tuple[tuple, tuple | None] | None:
+        """(name, value) of x = value, x in set, x = expr = value ~ decimal, x = 1 or x = 2.
+
+        The value is None of a chain that contradicts itself (x = 41 = 42). None without a name."""
+        if node[0] == "list":
+            first, *rest = node[1]
+            if not _is_equation(first) or not _is_name(first[1][0]):
+                return None
+            if all(_is_equation(item) and item[1][0] == first[1][0] for item in rest):
+                return first[1][0], ("list", tuple(item[1][1] for item in node[1]))
+            has_values = not any(item[0] == "rel" for item in rest)  # x = 1, 2
+            return (first[1][0], ("list", (first[1][1], *rest))) if has_values else None
+        if node[0] != "rel" or not set(node[2]) <= {"=", "~", "in"}:
+            return None
+        parts, operators = list(node[1]), list(node[2])
+        if operators == ["="] and parts[1][0] == "var" and not variables(parts[0]):  # 5 = x
+            parts.reverse()
+        if "in" in operators:
+            return tuple(parts) if len(parts) == 2 and _is_name(parts[0]) else None
+        names = []
+        while len(parts) > 1 and self.is_named_by(parts[0], parts[-1]):
+            names.append(parts.pop(0))
+            del operators[0]
+        has_variables = any(map(variables, parts))
+        if has_variables and not names or len(names) > 1 and parts[-1][0] == "var":  # x = y = z
+            return None
+        name = names[0] if names else ("text", "=")
+        constants = [part for part in parts if not variables(part)]
+        for left, right in zip(constants, constants[1:], strict=False):
+            if not self.near(left, right, "~" if "~" in operators else "="):
+                return name, None
+        exact = parts[operators.index("~")] if "~" in operators else parts[-1]
+        return name, parts[-1] if exact[0] == "num" != parts[-1][0] else exact
+
+    @staticmethod
+    def is_named_by(node: tuple, value: tuple) -> bool:
+        if node[0] == "add":  # x + y = 5
+            terms = (term[1] if term[0] == "neg" else term for term in node[1])
+            is_sum = not contains(node, {"inv"}) and all(map(_is_name, terms))
+            return is_sum and not variables(value)
+        return _is_name(node) and node[1] not in variables(value)
+
+    def near(self, left: tuple, right: tuple, operator: str) -> bool:
+        if operator == "=":
+            return self.same(left, right)
+        try:
+            a, b = (complex(self.value(node)) for node in (left, right))
+        except ArithmeticError:
+            return False
+        return abs(a - b) <= 0.01 * max(abs(a), abs(b))
+
+    def same_named(self, gold: tuple, answer: tuple) -> bool:
+        (gold_name, gold_value), (name, value) = gold, answer
+        if gold_value is None or value is None:
+            return False
+        if None in (gold_name, name) or "text" in (gold_name[0], name[0]) or gold_name == name:
+            return self.same(gold_value, value)
+        function = ("mul", (("var", "f"), ("var", "x")))
+        if {gold_name, name} == {("var", "y"), function}:
+            return self.same(gold_value, value)
+        is_call = gold_name[0] == name[0] == "mul" and len(gold_name[1]) == len(name[1]) == 2
+        if not is_call or gold_name[1][0] != name[1][0] or _mentions(value, gold_name[1][1]):
+            return False  # f(x) = x^2 is f(t) = t^2
+        return self.same(gold_value, _renamed(value, name[1][1], gold_name[1][1]))
+
+    # collections
+
+    def same_collection(self, gold: tuple, answer: tuple) -> bool:
+        """Equal as multisets (lists) or sets; a tuple is neither. Inequalities are a region."""
+        nodes = (gold, answer)
+        if any(n[0] == "list" and all(map(_is_inequality, n[1])) for n in nodes):
+            return self.same_region(gold, answer)
+        if "union" in (gold[0], answer[0]):
+            return self.same_region(gold, answer)
+        if {gold[0], answer[0]} == {"list", "tuple"}:
+            return False
+        gold_items, items = _items(gold), _items(answer)
+        if "set" in (gold[0], answer[0]):
+            gold_items, items = self.distinct(gold_items), self.distinct(items)
+        return self.matches(gold_items, items)
+
+    def same_assignment(self, equations: Sequence[tuple], values: tuple) -> bool:
+        """x = 1, y = 2 is 1, 2 in this order, and (1, 2) in the order of the names."""
+        if values[0] not in ("list", "tuple") or contains(values, {"rel"}):
+            return False
+        if values[0] == "tuple":
+            equations = sorted(equations, key=lambda equation: equation[1][0][1:])
+        return self.all_same([equation[1][1] for equation in equations], values[1])
+
+    def distinct(self, items: list[tuple]) -> list[tuple]:
+        kept: list[tuple] = []
+        for item in items:
+            if not any(self.same(other, item) for other in kept):
+                kept.append(item)
+        return kept
+
+    def matches(self, gold_items: Sequence[tuple], items: Sequence[tuple]) -> bool:
+        left = list(items)
+        for gold in gold_items:
+            i = next((i for i, item in enumerate(left) if self.same(gold, item)), None)
+            if i is None:
+                return False
+            del left[i]
+        return not left
+
+    # equations and regions
+
+    def same_equation(self, gold: tuple, answer: tuple) -> bool:
+        """Equal up to a constant factor: 2x + 4y = 6 is x + 2y - 3 = 0."""
+        sides = {"text", "list", "set", "tuple", "matrix", "interval", "union", "rel", "pm", "mp"}
+        is_plain = not contains(gold[1], sides) and not contains(answer[1], sides)
+        if not is_plain or not variables(gold) or variables(gold) != variables(answer):
+            return self.all_same(gold[1], answer[1])
+        return self.proportional(_difference(gold), _difference(answer), positive=False)
+
+    def same_region(self, gold: tuple, answer: tuple) -> bool:
+        """The same set of reals, of the same variable; or inequalities up to a positive factor."""
+        region, answer_region = self.region(gold), self.region(answer)
+        if region is not None and answer_region is not None:
+            (name, pieces), (answer_name, answer_pieces) = region, answer_region
+            is_other = name is not None and answer_name is not None and name != answer_name
+            return not is_other and self.all_same(pieces, answer_pieces, self.same_piece)
+        if gold[0] != answer[0]:
+            return False
+        if gold[0] == "interval":
+            return gold[3:] == answer[3:] and self.all_same(gold[1:3], answer[1:3])
+        if gold[0] == "union":
+            return self.matches(gold[1], answer[1])
+        if gold[0] != "rel" or len(gold[2]) > 1 or len(answer[2]) > 1:
+            return False
+        (strictness, side), (answer_strictness, answer_side) = map(_positive_side, (gold, answer))
+        if None in (side, answer_side):
+            return gold[2] == answer[2] and self.all_same(gold[1], answer[1])
+        return strictness == answer_strictness and self.proportional(side, answer_side, True)
+
+    def region(self, node: tuple) -> tuple[tuple | None, list[_Piece]] | None:
+        """(variable, pieces in order) of a set of reals with constant ends; None of others."""
+        try:
+            name, pieces = self.pieces(node)
+            return name, sorted(pieces, key=lambda piece: (self.order(piece[0]), not piece[1]))
+        except (Undefined, TooHard):
+            return None
+
+    def pieces(self, node: tuple) -> tuple[tuple | None, list[_Piece]]:
+        kind = node[0]
+        if kind == "interval":
+            return None, [(node[1], node[3], node[2], node[4])]
+        if kind == "tuple" and len(node[1]) == 2:
+            return None, [(node[1][0], False, node[1][1], False)]
+        if kind == "set":
+            return None, [(item, True, item, True) for item in node[1]]
+        if node == _REALS:
+            return None, [(("neg", _INFINITY), False, _INFINITY, False)]
+        if kind == "rel":
+            return self.inequality(node)
+        if kind not in ("union", "list"):
+            raise TooHard("not a region")
+        parts = [self.pieces(part) for part in node[1]]
+        names = {name for name, _ in parts} - {None}
+        if len(names) > 1:
+            raise TooHard("two variables")
+        pieces = [piece for _, part in parts for piece in part]
+        if kind == "list" and len(pieces) == 2:
+            pieces = self.overlap(*pieces) or pieces
+        return names.pop() if names else None, pieces
+
+    def overlap(self, left: _Piece, right: _Piece) -> list[_Piece]:
+        """What two rays have in common, x > 2 and x < 5; nothing when they do not overlap."""
+        if self.order(left[0]) < self.order(right[0]):
+            left, right = right, left
+        is_overlap = self.order(left[0]) < self.order(right[2]) <= self.order(left[2])
+        return [(left[0], left[1], right[2], right[3])] if is_overlap else []
+
+    def inequality(self, node: tuple) -> tuple[tuple | None, list[_Piece]]:
+        """x > 2, 2 < x <= 5, x != 3, with constants at the ends."""
+        parts, operators = node[1], node[2]
+        if operators == ("in",) and parts[0][0] == "var":
+            return parts[0], self.pieces(parts[1])[1]
+        if operators[0][0] == ">":  # all turned to <, ends first
+            parts, operators = parts[::-1], tuple("<" + o[1:] for o in operators[::-1])
+        low = ("neg", _INFINITY)
+        middle = [i for i, part in enumerate(parts) if part[0] == "var"]
+        ends = [part for part in parts if part[0] != "var"]
+        if len(middle) != 1 or any(map(variables, ends)) or len(parts) > 3:
+            raise TooHard("not an inequality of one variable")
+        name = parts[middle[0]]
+        if operators == ("!=",):
+            return name, [(low, False, *ends, False), (*ends, False, _INFINITY, False)]
+        if operators[0][0] != "<" or operators[-1][0] != "<":
+            raise TooHard("not an inequality")
+        closed = [operator == "<=" for operator in operators]
+        if len(parts) == 3 and middle == [1]:
+            return name, [(ends[0], closed[0], ends[1], closed[1])]
+        if len(parts) == 3:
+            raise TooHard("not an inequality of one variable")
+        if middle == [0]:
+            return name, [(low, False, ends[0], closed[0])]
+        return name, [(ends[0], closed[0], _INFINITY, False)]
+
+    def order(self, end: tuple) -> float:
+        """The place of an end on the real line, to compare with."""
+        if end in (_INFINITY, ("neg", _INFINITY)):
+            return float("inf") if end == _INFINITY else float("-inf")
+        value = self.value(end)
+        if not isinstance(value, Fraction) and SMALL.im(value):
+            raise Undefined("not real")
+        try:
+            return float(value if isinstance(value, Fraction) else SMALL.re(value))
+        except OverflowError:
+            raise TooHard("too large") from None
+
+    def same_piece(self, gold: _Piece, answer: _Piece) -> bool:
+        if gold[1::2] != answer[1::2]:
+            return False
+        ends = zip(gold[::2], answer[::2], strict=True)
+        return all(g == a or not _mentions((g, a), _INFINITY) and self.same(g, a) for g, a in ends)
+
+    # quantities
+
+    def same_quantity(self, gold: tuple, answer: tuple) -> bool:
+        """Values with their units: 5 cm is 50 mm but not 5 km; a missing unit is no difference."""
+        gold_value, gold_unit, gold_factor = _quantity(gold)
+        value, unit, factor = _quantity(answer)
+        if gold_unit and unit:
+            if gold_factor != factor:
+                gold_value = ("mul", (gold_value, ("num", gold_factor, 0)))
+                value = ("mul", (value, ("num", factor, 0)))
+            return gold_unit == unit and self.same_value(gold_value, value)
+        if self.same_value(gold_value, value):
+            return True
+        if (("deg", 1),) in (gold_unit, unit):
+            return contains(gold if unit else answer, {"const"}) and self.same_value(gold, answer)
+        percent = _percent(gold_value)
+        if percent is None or unit or _percent(value) is not None:
+            return False
+        return self.same_value(percent, value)
+
+    def within(self, gold: tuple, answer: tuple, tolerance: float) -> bool:
+        """Is the answer a number at most tolerance from gold, in gold's unit (4.2%: in percent)?"""
+        try:
+            nodes = [(self.named(node) or (None, node))[1] for node in (gold, answer)]
+            if None in nodes:
+                return False
+            (gold_value, gold_unit, gold_factor), (value, unit, factor) = map(_quantity, nodes)
+            if gold_unit and unit and gold_unit != unit:
+                return False
+            if _percent(gold_value) is not None:
+                gold_value, value = _percent(gold_value), _percent(value) or value
+            scale = float(factor / gold_factor) if unit and gold_unit else 1.0
+            distance = abs(complex(self.value(value)) * scale - complex(self.value(gold_value)))
+        except (ArithmeticError, ValueError):
+            return False
+        return distance <= tolerance * (1 + 1e-9)
+
+    # numbers and functions
+
+    def same_value(self, gold: tuple, answer: tuple) -> bool:
+        """The same number, or the same function of the same variables."""
+        if gold == answer:
+            return True
+        try:
+            names = sorted(variables(gold) | variables(answer))
+            if names:
+                return self.agree_everywhere(gold, answer, names)
+            return _same_number(gold, answer, self.value(gold), self.value(answer))
+        except Undefined:
+            return False
+        except TooHard:
+            if not contains(gold, {"series"}) and not contains(answer, {"series"}):
+                return False
+        if self.symbolic is None:
+            raise Undecided
+        return self.symbolic(gold, answer)
+
+    def agree_everywhere(self, gold: tuple, answer: tuple, names: list[str]) -> bool:
+        """Equal at random points; without an i, at those where all is real: |x| is not x."""
+        is_complex = _mentions((gold, answer), ("const", "i"))
+        for real_only in (False,) if is_complex else (True, False):
+            checked = 0
+            for point in _points(names, (gold, answer)):
+                try:
+                    g, a = (self.value(node, point, real_only) for node in (gold, answer))
+                except Undefined:
+                    continue
+                if g != a and (
+                    isinstance(g, Fraction) and isinstance(a, Fraction) or not _close(g, a)
+                ):
+                    return False
+                checked += 1
+            if checked >= 2:
+                return True
+        return False
+
+    def proportional(self, gold: tuple, answer: tuple, positive: bool) -> bool:
+        """Is gold / answer the same non-zero (positive) constant at random points?"""
+        ratio, checked = None, 0
+        for point in _points(sorted(variables(gold) | variables(answer)), (gold, answer)):
+            try:
+                g, a = (self.value(node, point) for node in (gold, answer))
+                if g == 0 or a == 0:
+                    if g != a:
+                        return False
+                    continue
+                here = (
+                    g / a
+                    if isinstance(a, Fraction) or not isinstance(g, Fraction)
+                    else _real(g) / a
+                )
+            except Undefined:
+                continue
+            except TooHard:
+                return False
+            if ratio is not None and here != ratio and not _close(here, ratio):
+                return False
+            if positive and (SMALL.im(_real(here)) or here < 0):
+                return False
+            ratio, checked = here, checked + 1
+        return checked >= 3
+
+
+def _positive_side(relation: tuple) -> tuple[str, tuple | None]:
+    """(strictness, f) such that the inequality says f > 0, f >= 0 or f != 0."""
+    operator = relation[2][0]
+    if operator not in ("<", "<=", ">", ">=", "!="):
+        return operator, None
+    f = _difference(relation)
+    return operator if operator == "!=" else operator[1:], ("neg", f) if operator[0] == "<" else f
+
+
+# ---- numbers ----
+
+
+def _real(value):
+    if isinstance(value, Fraction):
+        return SMALL.mpf(value.numerator) / value.denominator
+    return value
+
+
+def _close(a, b) -> bool:
+    """Equal up to rounding, relative to the larger."""
+    a, b = _real(a), _real(b)
+    return abs(a - b) <= ROUNDING * max(abs(a), abs(b))
+
+
+def _same_number(gold: tuple, answer: tuple, g, a) -> bool:
+    """Are the trees equal, whose values are g and a?"""
+    if isinstance(g, Fraction) and isinstance(a, Fraction):
+        if g == a:
+            return True
+    elif _close(g, a):
+        return True
+    if _decimal(gold) is None:
+        return _is_rounding(_decimal(answer), g)
+    return _decimal(answer) is None and _is_rounding(_decimal(gold), a)
+
+
+def _decimal(node: tuple) -> tuple[Fraction, int] | None:
+    """(value, significant digits) of a number that is written as a decimal."""
+    if node[0] == "neg":
+        inner = _decimal(node[1])
+        return inner and (-inner[0], inner[1])
+    return (node[1], node[2]) if node[0] == "num" and node[2] else None
+
+
+def _is_rounding(decimal: tuple[Fraction, int] | None, value) -> bool:
+    """Is the decimal the value, rounded to its own digits or cut off behind them?
+
+    Never of a value that a decimal writes exactly. Digits beyond the 15th, where floating point
+    has got them wrong, do not count."""
+    if decimal is None or decimal[1] < ROUNDED_DIGITS or not decimal[0]:
+        return False
+    if isinstance(value, Fraction):
+        if _has_finite_decimal(value):
+            return False
+        exact = value
+    elif SMALL.im(value):
+        return False
+    else:
+        exact = Fraction(int(SMALL.nint(SMALL.re(value) * 10**60)), 10**60)
+    number, digits = decimal
+    size = abs(number)
+    magnitude = len(str(int(size))) if size >= 1 else -_leading_zeros(size)
+    unit = Fraction(10) ** (magnitude - min(digits, 15))
+    return abs(exact - number) <= unit / 2 or exact * number > 0 and 0 <= abs(exact) - size < unit
+
+
+def _leading_zeros(number: Fraction) -> int:
+    """After the decimal point: 2 of 0.00123."""
+    zeros = 0
+    while number * 10 ** (zeros + 1) < 1:
+        zeros += 1
+    return zeros
+
+
+def _has_finite_decimal(value: Fraction) -> bool:
+    return 10 ** value.denominator.bit_length() % value.denominator == 0
+
+
+# ---- points ----
+
+_INTEGER_NAMES = set("nkmNMKjlpqrd")
+_STEPWISE = {"floor", "ceil", "factorial", "binom"}
+
+
+def _points(names: list[str], nodes: tuple[tuple, tuple]) -> Iterator[dict[str, Fraction]]:
+    """Random points of both signs and sizes, the same ones every time.
+
+    Whole numbers for n, k, ... where floors, factorials or (-1)^n occur."""
+    if len(names) > MAX_VARIABLES:
+        raise TooHard("too many variables")
+    whole = any(map(_needs_integers, nodes))
+    for trial in range(6):
+        rng = random.Random(trial)
+        point = {}
+        for name in names:
+            if whole and name in _INTEGER_NAMES:
+                point[name] = Fraction(rng.randint(2, 12) + trial)
+                continue
+            low, high = (50, 950) if trial in (2, 5) else (1000, 4000)
+            size = Fraction(rng.randint(low, high), 997)
+            point[name] = -size if trial % 2 and rng.random() < 0.6 else size
+        yield point
+
+
+def _needs_integers(node) -> bool:
+    if not isinstance(node, tuple) or not node:
+        return False
+    if node[0] == "fn" and node[1] in _STEPWISE:
+        return True
+    if node[0] == "pow" and variables(node[2]) and contains(node[1], {"neg"}):
+        return True
+    return any(map(_needs_integers, node))

@@ -1,0 +1,783 @@
+"""Maths text (LaTeX or plain) to an expression tree: a hand-written recursive-descent parser.
+
+A node is a tuple, its first entry the kind:
+    ("num", Fraction, digits)   digits: significant digits as written with a point, 0 for an integer
+    ("var", name)  ("const", "pi" | "e" | "i" | "inf")  ("text", words)
+    ("add", nodes) ("mul", nodes) ("inv", x) ("neg", x) ("pm", x) ("mp", x) ("pow", base, exponent)
+    ("pct", x)  ("mod", x, modulus)  ("unit", x, ((base, power), ...), factor)
+    ("fn", name, nodes)         sqrt is ("fn", "root", (x, n)), |x| is "abs", n! is "factorial"
+    ("series", "sum" | "prod" | "int", variable, low, high, body)
+    ("list" | "tuple" | "set" | "ratio" | "union", nodes)  ("minus", set, set)  ("matrix", rows)
+    ("interval", low, high, low_closed, high_closed)  ("rel", nodes, operators)
+Nothing is evaluated while parsing. Text is never executed.
+"""
+
+import re
+import unicodedata
+from fractions import Fraction
+
+from answers.units import UNITS, unit_of
+
+MAX_CHARS = 2000
+MAX_TOKENS = 1000
+MAX_DEPTH = 60  # brackets, exponents and signs within one another
+MAX_DIGITS = 400  # of one number
+MAX_SUMS = 4  # within one another
+
+
+class NotMath(ValueError):
+    """The text is not an expression of this grammar, or exceeds a cap."""
+
+
+# ---- one spelling for each sign ----
+
+
+def _words(text: str) -> set[str]:
+    return set(text.split())
+
+
+def _pairs(text: str) -> dict[str, str]:
+    return dict(pair.split(":") for pair in text.split())
+
+
+_SIGNS = {
+    entry[0]: entry[1:] + " " if "\\" in entry else entry[1:]
+    for entry in _words(
+        r"""−- –- —- ‐- ‑- －- ×\times ✕\times ⋅\cdot ·\cdot ∙\cdot ÷/ ∕/ ⁄/ π\pi ∞\infty √\sqrt
+        ∛\sqrt[3] ≤\le ≥\ge ⩽\le ⩾\ge ≠\ne ≈\approx ≡\equiv ∪\cup ∈\in ∅\emptyset ±\pm ∓\mp
+        °^\circ θ\theta α\alpha β\beta γ\gamma λ\lambda μ\mu µ\mu σ\sigma ω\omega φ\phi
+        ℝ\mathbb{R} ⟨\langle ⟩\rangle ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ，, （( ）) ％% ＝= ＋+
+        ．. ：: ′' ″'' ’' “" ”" …\ldots €\euro £\pound"""
+    )
+} | dict.fromkeys("\u200b\ufeff", "")
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_THOUSANDS = re.compile(r"(?<=\d) ?(?:\\[,!; ]|\{ ?, ?\}|, ?\\!) ?(?=\d{3}(?!\d))")
+_TIMES_TEN = re.compile(r"(?<=\d) ?[xX] ?10 ?\^")
+_MOD = re.compile(r"\(\\?mod (\w+)\)")
+_UNIT_RATIO = re.compile(r"(?<=[\d})] )(k?[mg]|J|N) ?/ ?(k?[mgsh](?:\^2|\^\{2\})?)$")  # 5 m/s
+_MONEY = re.compile(r"-?\$ ?-?[\d.]")
+
+
+def normalise(text: str) -> str:
+    """The text with one spelling for unicode signs, thousands, powers, dollars and Markdown."""
+    if len(text) > MAX_CHARS:
+        raise NotMath(f"longer than {MAX_CHARS} characters")
+    if not text.isascii():
+        text = _fold_unicode(text)
+    text = " ".join(text.replace("~", " ").replace("np.", "").split())
+    if text.startswith(("**", "`")):  # Markdown
+        text = text.strip("*`")
+    text = _MOD.sub(r"\\pmod{\1}", _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text)))
+    text = text.replace("\\$", "\\dollar ").replace("**", "^").replace("...", "\\ldots ")
+    if text.count("$") == 1 and _MONEY.match(text):
+        text = text.replace("$", "\\dollar ")
+    if text[:1] == "{" and text[-1:] == "}" and "\\" not in text:  # a set in plain text
+        text = f"\\{{{text[1:-1]}\\}}"
+    return _UNIT_RATIO.sub(r"\\text{\1/\2}", text.replace("$", " ").rstrip(" ."))
+
+
+def _fold_unicode(text: str) -> str:
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m[0].translate(_SUBSCRIPTS) + "}", text)
+    return "".join(char if char.isascii() else _ascii(char) for char in text)
+
+
+def _ascii(char: str) -> str:
+    if char in _SIGNS:
+        return _SIGNS[char]
+    if char.isdecimal():
+        return str(unicodedata.decimal(char))
+    if unicodedata.decomposition(char).startswith("<fraction>"):
+        top, _, bottom = unicodedata.normalize("NFKC", char).partition("⁄")
+        return f"\\frac{{{top}}}{{{bottom}}}"
+    return char
+
+
+# ---- tokens ----
+
+Token = tuple[str, str]  # kind (number, word, letter, text, function, sign) and value
+
+_TOKEN = re.compile(
+    r"(?P<grouped>(?<![\d.])(?<!\d,)\d{1,3}(?:(?:,\d{3})+(?!\d|,\d)|(?: \d{3})+(?![\d./]| [\d/]))"
+    r"(?:\.\d+)?)"
+    r"|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,6}(?!\w|\.\d))?)"
+    r"|(?P<command>\\(?:[a-zA-Z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>[<>!]=|\S)"
+)
+_TEXT_COMMANDS = _words(
+    "text mathrm textbf mathbf mbox textrm textit mathit mathsf operatorname hbox texttt boldsymbol"
+    " textnormal bm"
+)
+_SKIPPED = _words(
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle"
+    " textstyle limits nolimits rm bf it quad qquad thinspace"
+) | set(",;: !()[]")
+_SYNONYMS = _pairs(
+    "dfrac:frac tfrac:frac cfrac:frac leq:le leqslant:le geq:ge geqslant:ge neq:ne lt:<"
+    " gt:> to:rightarrow ast:cdot div:/ varnothing:emptyset dots:ldots cdots:ldots lbrace:{"
+    " rbrace:} lvert:| rvert:| vert:| mid:| land:and lor:or setminus:backslash simeq:approx"
+    " lbrack:[ rbrack:] implies:rightarrow Rightarrow:rightarrow degree:circ deg:circ"
+    " overrightarrow:vec varphi:phi varepsilon:epsilon arccos:acos arcsin:asin arctan:atan"
+    " dbinom:binom tbinom:binom equiv:="
+)
+FUNCTIONS = _words(
+    "sin cos tan cot sec csc asin acos atan arcsin arccos arctan sinh cosh tanh log ln lg exp gcd"
+    " lcm max min sqrt abs floor ceil det binom cbrt"
+)
+_GREEK = _words(
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon"
+    " phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell odot"
+    " nabla partial mho angle triangle perp prime oplus top"
+)
+GREEK_WORDS = _words("pi theta alpha beta lambda sigma omega phi mu")  # without a backslash
+_WORD_SIGNS = {
+    **{name: "\\" + name for name in (*GREEK_WORDS, "and", "or", "in")},
+    **dict.fromkeys(("And", "AND"), "\\and"),
+    **dict.fromkeys(("Or", "OR"), "\\or"),
+    **dict.fromkeys(("inf", "infinity", "infty", "oo", "Infinity"), "\\infty"),
+    **dict.fromkeys(("percent", "pct", "Percent"), "\\%"),
+    "union": "\\cup",
+    "mod": "\\pmod",
+}
+_ACCENTS = _words("overline bar vec hat dot ddot tilde widehat underline mathcal")
+_OPENING = _words("pi infty frac sum prod int emptyset mathbb ldots dollar euro pound")
+_FILLER = _words(
+    "the a an about approximately roughly exactly is are units unit total only old long wide tall"
+    " high away each of in all altogether"
+)
+_WHOLE_WORDS = {word for word in _FILLER if len(word) > 1} | {"per", "sq"}
+_SIGN_NAMES = {"<=": "\\le", ">=": "\\ge", "!=": "\\ne", "%": "\\%"}
+
+
+UNIT_CARRIERS = (")", "}", "\\pi")  # may stand right before a unit, as numbers may
+
+
+def tokenise(text: str, in_text: bool = False) -> list[Token]:
+    """Tokens of normalised text. A command is a sign with its backslash, save for \\text{}.
+
+    in_text: letters and words stand in \\text{}, as units and words do."""
+    tokens: list[Token] = []
+    position = depth = 0
+    while match := _TOKEN.search(text, position):
+        if match.lastgroup == "grouped" and depth and "," in match[0]:  # (1,234) is a point
+            match = re.compile(r"(?P<number>\d+)").match(text, match.start())
+        kind, value, position = match.lastgroup, match[0], match.end()
+        if kind == "grouped":
+            kind, value = "number", value.replace(",", "").replace(" ", "")
+        if kind == "word":
+            value = "inch" if value == "in" and position == len(text) else value
+            can_be_unit = tokens and (
+                tokens[-1][0] in ("number", "text") or tokens[-1][1] in UNIT_CARRIERS
+            )
+            tokens += _word_tokens(value, in_text, can_be_unit)
+            continue
+        if kind == "command":
+            name = _SYNONYMS.get(value[1:], value[1:])
+            if name in _TEXT_COMMANDS:
+                inner, position = _braced(text, position)
+                tokens += _text_tokens(inner)
+                continue
+            if name in _SKIPPED:
+                is_empty_bracket = (
+                    name in ("left", "right") and text[position : position + 1] == "."
+                )
+                position += is_empty_bracket
+                continue
+            kind, value = "function" if name in FUNCTIONS else "sign", name
+            if name in ("begin", "end"):
+                inner, position = _braced(text, position)
+                value = f"\\{name}{{{inner.strip('*')}}}"
+            elif kind == "sign" and (name[:1].isalpha() or name in "{}\\%"):
+                value = "\\" + name
+        elif value == "!=" and tokens and tokens[-1][0] == "number":  # 4!=24
+            value, position = "!", position - 1
+        value = _SIGN_NAMES.get(value, value)
+        depth += (value in ("(", "[", "\\{")) - (value in (")", "]", "\\}"))
+        tokens.append((kind, value))
+    if len(tokens) > MAX_TOKENS:
+        raise NotMath(f"more than {MAX_TOKENS} signs")
+    return tokens
+
+
+def _braced(text: str, position: int) -> tuple[str, int]:
+    """The content of {...} at position (or the one sign there) and the position behind it."""
+    position += text[position : position + 1] == " "
+    if text[position : position + 1] != "{":
+        return text[position : position + 1], position + 1
+    depth = 0
+    for i in range(position, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[position + 1 : i], i + 1
+    raise NotMath("unbalanced braces")
+
+
+def _text_tokens(inner: str) -> list[Token]:
+    """What stands in \\text{...}: words and units, or maths unless it begins with a letter."""
+    inner = re.sub(r"\\[,;: ]", " ", inner).strip()
+    if re.fullmatch(r"[A-Za-z. '-]+", inner):
+        words = (word.strip("'-") for word in re.findall(r"[A-Za-z'-]+", inner))
+        return [token for word in words for token in _word_tokens(word, True)]
+    is_unit = re.fullmatch(r"[A-Za-z][A-Za-z0-9. /^{}-]*", inner)  # m/s^2
+    return tokenise(inner, in_text=is_unit is not None)
+
+
+def _word_tokens(word: str, in_text: bool, can_be_unit: bool = False) -> list[Token]:
+    """A run of letters: a sign, a function, a unit or word, or else a product of variables."""
+    if in_text and len(word) == 1:
+        return [("letter", word)]
+    if word in FUNCTIONS and word != "min":  # the minute
+        return [("function", _SYNONYMS.get(word, word))]
+    if word in _WORD_SIGNS:
+        return [("sign", _WORD_SIGNS[word])]
+    head = 2 if word[:2] == "ln" else 3
+    if word[:head] in ("sin", "cos", "tan", "log", "ln") and head < len(word) < head + 3:  # sinx
+        return [("function", word[:head]), *_word_tokens(word[head:], in_text)]
+    is_unit = can_be_unit and word in UNITS and len(word) > 1
+    if in_text or len(word) > 3 or is_unit or word.lower() in _WHOLE_WORDS:
+        return [("text", word)]
+    return [("word", letter) for letter in word]
+
+
+# ---- the parser ----
+
+_RELATIONS = _pairs(r"=:= <:< >:> \le:<= \ge:>= \ne:!= \approx:~ \in:in \rightarrow:->")
+_CURRENCIES = {"\\dollar": "dollar", "\\euro": "euro", "\\pound": "sterling"}
+_MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"}
+_CLOSERS = {
+    **{"(": ")]", "[": ")]", "{": "}", "\\{": ("\\}",), "\\langle": ("\\rangle",)},
+    **{"\\lfloor": ("\\rfloor",), "\\lceil": ("\\rceil",)},
+}
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_UNIT_EXPONENTS = {"square": 2, "sq": 2, "cubic": 3, "squared": 2, "cubed": 3}
+ONE, MINUS_ONE = ("num", Fraction(1), 0), ("num", Fraction(-1), 0)
+
+
+def integer(n: int) -> tuple:
+    return ("num", Fraction(n), 0)
+
+
+def parse(text: str) -> tuple:
+    """The tree of a whole answer. Raises NotMath."""
+    try:
+        tokens = tokenise(normalise(text))
+        start, end = 0, len(tokens)
+        while start < end and (
+            tokens[start] in (("sign", "="), ("sign", ":"), ("sign", "\\approx"))
+            or tokens[start][0] == "text"
+            and tokens[start][1].lower() in _FILLER  # about 5
+        ):
+            start += 1
+        while start < end and tokens[end - 1][1] in (".", ",", ";", ":", "\\\\"):
+            end -= 1
+        parser = _Parser(tokens[start:end])
+        node = parser.answer()
+    except RecursionError:
+        raise NotMath("too deep") from None
+    if parser.peek() != "":
+        raise NotMath(f"unexpected {parser.peek()!r}")
+    return node
+
+
+class _Parser:
+    """Recursive descent; a method reads one rule of the grammar, and stops behind it.
+
+    answer   := union (("," | ";" | and | or) union)*
+    union    := relation ((cup | backslash) relation)*
+    relation := sum (("=" | "<" | ...) sum)*
+    sum      := sign? term (("+" | "-" | "±") term)*
+    term     := factor (("*" | "/" | nothing) factor)* unit?        factor := sign* power
+    power    := atom ("!" | "%" | degree | "^" exponent)*
+    """
+
+    def __init__(self, tokens: list[Token]):
+        self.tokens = tokens
+        self.position = 0
+        self.depth = 0
+        self.in_bars = 0
+        self.bound: tuple[str, ...] = ()  # indices of the sums around
+
+    def peek(self, ahead: int = 0) -> str:
+        i = self.position + ahead
+        return self.tokens[i][1] if 0 <= i < len(self.tokens) else ""
+
+    def kind(self, ahead: int = 0) -> str:
+        i = self.position + ahead
+        return self.tokens[i][0] if 0 <= i < len(self.tokens) else ""
+
+    def at(self, *values: str) -> bool:
+        return self.kind() == "sign" and self.peek() in values
+
+    def accept(self, *values: str) -> bool:
+        found = self.at(*values)
+        self.position += found
+        return found
+
+    def take(self) -> str:
+        self.position += 1
+        return self.peek(-1)
+
+    def expect(self, value: str) -> None:
+        if not self.accept(value):
+            raise NotMath(f"expected {value!r}, got {self.peek()!r}")
+
+    def deeper(self) -> None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise NotMath(f"deeper than {MAX_DEPTH}")
+
+    def answer(self) -> tuple:
+        items = self.items(",", ";", "\\and", "\\or", "\\\\")
+        return items[0] if len(items) == 1 else ("list", tuple(items))
+
+    def items(self, *separators: str) -> list[tuple]:
+        items = [self.union()]
+        while self.accept(*separators):
+            while self.accept("\\and", "\\or"):  # "1, 2, and 3"
+                pass
+            items.append(self.union())
+        return items
+
+    def union(self) -> tuple:
+        return self.joined_sets(self.relation)
+
+    def joined_sets(self, part) -> tuple:
+        node = part()
+        while self.at("\\cup", "\\backslash"):
+            if self.take() == "\\backslash":
+                node = ("minus", node, part())
+            else:
+                node = ("union", (*(node[1] if node[0] == "union" else (node,)), part()))
+        return node
+
+    def relation(self) -> tuple:
+        nodes, operators = [self.sum()], []
+        while self.kind() == "sign" and self.peek() in _RELATIONS:
+            operators.append(_RELATIONS[self.take()])
+            nodes.append(self.joined_sets(self.sum) if operators[-1] == "in" else self.sum())
+        while self.depth == 0 and not operators and self.accept(":"):
+            nodes.append(self.sum())
+        node = nodes[0] if len(nodes) == 1 else ("ratio", tuple(nodes))
+        node = ("rel", tuple(nodes), tuple(operators)) if operators else node
+        return ("mod", node, self.argument()) if self.accept("\\pmod", "\\bmod", "\\mod") else node
+
+    def sum(self) -> tuple:
+        items = []
+        sign = self.take() if self.at("\\pm", "\\mp") else ""
+        while True:
+            node = self.term()
+            kind = {"-": "neg", "\\pm": "pm", "\\mp": "mp"}.get(sign)
+            items.append((kind, node) if kind else node)
+            if not self.at("+", "-", "\\pm", "\\mp"):
+                return items[0] if len(items) == 1 else ("add", tuple(items))
+            sign = self.take()
+
+    def term(self) -> tuple:
+        factors = [self.factor()]
+        while True:
+            if self.accept("*", "\\cdot", "\\times"):
+                factors.append(self.factor())
+            elif self.accept("/"):
+                if self.kind() == "text":  # 3 / can
+                    return ("unit", product(factors), *self.unit(sign=-1))
+                factors.append(("inv", self.factor()))
+            elif self.kind() == "text" and factors[0][0] == "num" and self.peek() in _SCALES:
+                factors.append(integer(_SCALES[self.take()]))
+            elif self.kind() == "text" or self.starts_letter_unit(factors):
+                return ("unit", product(factors), *self.unit())
+            elif self.kind() == "sign" and self.peek() in _CURRENCIES and self.kind(1) != "number":
+                return ("unit", product(factors), ((_CURRENCIES[self.take()], 1),), Fraction(1))
+            elif self.starts_factor():
+                start = self.position
+                factors.append(self.power())
+                if len(factors) == 2 and self.is_mixed(factors, start):
+                    factors = [mixed(*factors)]
+            else:
+                return product(factors)
+
+    def starts_letter_unit(self, factors: list[tuple]) -> bool:
+        is_letter = self.kind() == "letter" and self.peek() not in ("e", "i")
+        return is_letter and any(map(_is_number, factors))
+
+    def is_mixed(self, factors: list[tuple], start: int) -> bool:
+        """2\\frac{1}{2}: a proper fraction right behind a whole number."""
+        whole, fraction = factors
+        whole = whole[1] if whole[0] == "neg" else whole
+        fraction = fraction[1] if fraction[0] == "pct" else fraction
+        if (
+            self.tokens[start][1] != "\\frac"
+            or self.tokens[start - 1][0] != "number"
+            or whole[2:] != (0,)
+        ):
+            return False
+        parts = fraction[1] if fraction[0] == "mul" else ()
+        return (
+            len(parts) == 2
+            and parts[0][0] == "num"
+            and parts[1][0] == "inv"
+            and parts[1][1][0] == "num"
+            and 0 < parts[0][1] < parts[1][1][1]
+        )
+
+    def starts_factor(self) -> bool:
+        if self.kind() == "number":  # 2^{3} 5^{2}, x3; not (2)1
+            closers = (")", "}", "]", "|", "\\%", "!")
+            return self.peek(1) in ("^", "!") or self.peek(-1) not in closers
+        if self.kind() != "sign":
+            return self.kind() in ("word", "function", "letter")
+        value = self.peek()
+        name = value[1:]
+        return (
+            value in _CLOSERS
+            or value == "|"
+            and not self.in_bars
+            or value[:1] == "\\"
+            and (name in _GREEK or name in _ACCENTS or name in _OPENING or name[:6] == "begin{")
+        )
+
+    def factor(self) -> tuple:
+        negative = False
+        while self.at("+", "-"):
+            negative ^= self.take() == "-"
+        node = self.power()
+        return ("neg", node) if negative else node
+
+    def power(self) -> tuple:
+        node = self.atom()
+        for _ in range(6):
+            if self.accept("!"):
+                node = ("fn", "factorial", (node,))
+            elif self.accept("\\%"):
+                node = ("pct", node)
+            elif node[0] == "var" and self.accept("'"):
+                node = ("var", node[1] + "'")
+            elif self.accept("^") or self.at("\\circ"):
+                node = self.exponent(node)
+            else:
+                break
+        return node
+
+    def exponent(self, base: tuple) -> tuple:
+        braced = self.at("{") and self.peek(1) in ("\\circ", "\\prime")
+        self.position += braced
+        primes = 0
+        while self.accept("\\prime"):
+            primes += 1
+        is_degree = not primes and self.accept("\\circ")
+        if braced:
+            self.expect("}")
+        if primes:
+            unit = ("unit", base, (("prime" * primes, 1),), Fraction(1))
+            return ("var", base[1] + "'" * primes) if base[0] == "var" else unit
+        if is_degree:
+            is_temperature = self.kind() in ("letter", "word") and self.peek() in ("C", "F")
+            name = "deg" + self.take() if is_temperature else "deg"
+            return ("unit", base, ((name, 1),), Fraction(1))
+        self.deeper()
+        if self.accept("{"):
+            exponent = self.sum()
+            self.expect("}")
+        elif self.at("+", "-"):
+            exponent = self.factor()
+        else:
+            exponent = self.atom()
+            if self.accept("^"):
+                exponent = self.exponent(exponent)
+        self.depth -= 1
+        return ("pow", base, exponent)
+
+    def bare_exponent(self) -> tuple:
+        node = self.exponent(ONE)
+        if node[0] != "pow":
+            raise NotMath("a degree or prime sign is no exponent here")
+        return node[2]
+
+    def atom(self) -> tuple:
+        kind = self.kind()
+        value = self.take()
+        if not value:
+            raise NotMath("ends too early")
+        if kind == "number":
+            return self.number(value)
+        if kind in ("word", "letter"):
+            return self.variable(value)
+        if kind == "text":
+            words = [value]
+            while self.kind() == "text":
+                words.append(self.take())
+            return ("text", " ".join(words).lower())
+        if kind == "function":
+            return self.function(value)
+        self.deeper()
+        node = self.bracket(value) if value in _CLOSERS or value == "|" else self.command(value)
+        self.depth -= 1
+        return node
+
+    def number(self, value: str) -> tuple:
+        mantissa, _, exponent = value.lower().partition("e")
+        if len(value) > MAX_DIGITS or exponent and abs(int(exponent)) > MAX_DIGITS:
+            raise NotMath(f"a number of more than {MAX_DIGITS} digits")
+        if self.at("_"):
+            return self.based(value)
+        if self.at("\\overline") and "." in mantissa:
+            return self.repeating(mantissa)
+        is_decimal = "." in mantissa.rstrip(".") or bool(exponent)
+        if self.kind() == "number":
+            top, bottom = value_or_zero(self.peek()), value_or_zero(self.peek(2))
+            if is_decimal or self.peek(1) != "/" or not 0 < top < bottom:
+                raise NotMath("two numbers side by side")
+            self.position += 3  # 2 1/2
+            return ("num", Fraction(int(mantissa)) + Fraction(top, bottom), 0)
+        digits = max(len(mantissa.replace(".", "").lstrip("0")), 1) if is_decimal else 0
+        return (
+            "num",
+            Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0),
+            digits,
+        )
+
+    def based(self, digits: str) -> tuple:
+        """1010_2: a number in another base."""
+        self.expect("_")
+        name = self.subscript()
+        base = int(name) if name.isdecimal() and len(name) < 3 else 0
+        if not 2 <= base <= 10 or not digits.isdigit() or any(int(d) >= base for d in digits):
+            raise NotMath(f"not a number in base {base}")
+        return integer(int(digits, base))
+
+    def repeating(self, start: str) -> tuple:
+        """0.1\\overline{6}"""
+        self.expect("\\overline")
+        period = self.subscript()
+        if not period.isdecimal() or len(period) > MAX_DIGITS:
+            raise NotMath("a repeating part must be digits")
+        nines = (10 ** len(period) - 1) * 10 ** len(start.partition(".")[2])
+        return ("num", Fraction(start.rstrip(".")) + Fraction(int(period), nines), 0)
+
+    def variable(self, name: str) -> tuple:
+        if name in ("e", "i") and not self.at("_") and name not in self.bound:
+            return ("const", name)
+        if self.accept("_"):
+            name += "_" + self.subscript()
+        if [self.peek(ahead) for ahead in range(3)] == ["(", "0", ")"]:  # I(0) is no product
+            self.position += 3
+            name += "(0)"
+        return ("var", name)
+
+    def subscript(self) -> str:
+        """The text of {...} or of one token, as a part of a name."""
+        if not self.accept("{"):
+            if not self.peek():
+                raise NotMath("ends in a subscript sign")
+            return self.take().strip("\\")
+        parts, depth = [], 1
+        while self.peek():
+            depth += self.at("{") - self.at("}")
+            value = self.take()
+            if depth == 0:
+                return " ".join(parts)
+            parts.append(value.strip("\\"))
+        raise NotMath("unbalanced braces")
+
+    def function(self, name: str) -> tuple:
+        if name in ("sqrt", "cbrt"):
+            degree = integer(3 if name == "cbrt" else 2)
+            if self.accept("["):
+                degree = self.sum()
+                self.expect("]")
+            return ("fn", "root", (self.argument(), degree))
+        if name == "binom":
+            return ("fn", "binom", (self.argument(), self.argument()))
+        base = power = None
+        for _ in range(2):
+            if base is None and self.accept("_"):
+                base = self.argument()
+            elif power is None and self.accept("^"):
+                power = self.bare_exponent()
+        if self.at("(", "[", "{", "|", "\\{"):
+            argument = self.atom()
+            arguments = argument[1] if argument[0] in ("tuple", "set") else (argument,)
+        else:
+            self.deeper()
+            arguments = (self.function_argument(),)
+            self.depth -= 1
+        arguments = arguments if base is None else (*arguments, base)
+        if power in (MINUS_ONE, ("neg", ONE)):
+            return ("fn", {"sin": "asin", "cos": "acos", "tan": "atan"}.get(name, "?"), arguments)
+        node = ("fn", name, tuple(arguments))
+        return node if power is None else ("pow", node, power)
+
+    def function_argument(self) -> tuple:
+        """sin 2x cos x is sin(2x) cos(x); sin x / 2 is sin(x) / 2."""
+        factors = [self.factor()]
+        while self.starts_factor() and self.kind() != "function" and not self.at("(", "["):
+            factors.append(self.power())
+        return product(factors)
+
+    def argument(self) -> tuple:
+        """{...}, (...), or a single digit, letter or command: \\frac13, \\sqrt3."""
+        kind, value = self.kind(), self.peek()
+        if kind != "number" or not value.isdigit():
+            return self.atom()
+        if len(value) > 1:
+            self.tokens[self.position] = (kind, value[1:])
+        else:
+            self.position += 1
+        return integer(int(value[0]))
+
+    def bracket(self, opener: str) -> tuple:
+        if opener == "|":
+            self.in_bars += 1
+            node = self.sum()
+            self.in_bars -= 1
+            self.expect("|")
+            return ("fn", "abs", (node,))
+        bars, self.in_bars = self.in_bars, 0
+        if self.accept("\\}", "}"):
+            return ("set", ())
+        items = self.items(",", ";")
+        if opener == "{" and self.accept("\\over"):
+            items = [("mul", (items[-1], ("inv", self.sum())))]
+        if self.kind() != "sign" or self.peek() not in _CLOSERS[opener]:
+            raise NotMath(f"brackets do not match at {self.peek()!r}")
+        self.in_bars = bars
+        return self.bracketed(opener, self.take(), items)
+
+    def bracketed(self, opener: str, closer: str, items: list[tuple]) -> tuple:
+        if opener == "\\{" or opener == "{" and len(items) > 1:
+            return ("set", tuple(items))
+        if len(items) == 2 and "]" in (closer, opener.replace("[", "]")):
+            return ("interval", *items, opener == "[", closer == "]")
+        if opener + closer in ("(]", "[)") or len(items) > 1 and opener in ("\\lfloor", "\\lceil"):
+            raise NotMath("brackets do not match")
+        if opener in ("\\lfloor", "\\lceil"):
+            return ("fn", "floor" if opener == "\\lfloor" else "ceil", tuple(items))
+        if len(items) > 1:
+            return ("tuple", tuple(items))
+        is_based = items[0][0] == "num" and self.at("_")
+        return self.based(str(items[0][1])) if is_based else items[0]
+
+    def command(self, value: str) -> tuple:
+        name = value[1:]
+        if name == "frac":
+            top, bottom = self.argument(), self.argument()
+            if top[0] == "neg":
+                return ("neg", ("mul", (top[1], ("inv", bottom))))
+            return ("mul", (top, ("inv", bottom)))
+        if name in ("pi", "infty"):
+            return ("const", "pi" if name == "pi" else "inf")
+        if value in _CURRENCIES:
+            return ("unit", self.factor(), ((_CURRENCIES[value], 1),), Fraction(1))
+        if name == "emptyset":
+            return ("set", ())
+        if name == "mathbb":
+            return ("var", "mathbb " + self.subscript())
+        if name == "ldots":
+            return ("text", "...")
+        if name in ("sum", "prod", "int"):
+            return self.series(name)
+        if value.startswith("\\begin{"):
+            return self.matrix(value[7:-1])
+        if name in _ACCENTS:
+            return self.variable(f"{name} {self.argument()}")
+        if name in ("angle", "triangle"):
+            return ("text", name)
+        if name in _GREEK and value[0] == "\\":
+            return self.variable(value)
+        raise NotMath(f"unknown {value!r}")
+
+    def series(self, name: str) -> tuple:
+        low = high = None
+        for _ in range(2):
+            if self.accept("_"):
+                low = self.argument()
+            elif self.accept("^"):
+                high = self.bare_exponent()
+        if name == "int":
+            body = self.sum()
+            factors = list(body[1]) if body[0] == "mul" else []
+            has_dx = len(factors) > 2 and factors[-2] == ("var", "d") and factors[-1][0] == "var"
+            if not has_dx or (low is None) != (high is None):
+                raise NotMath("an integral needs its dx")
+            return ("series", name, factors[-1][1], low, high, product(factors[:-2]))
+        if low is None or high is None or low[0] != "rel" or low[2] != ("=",):
+            raise NotMath("a sum needs its bounds")
+        variable, low = low[1]
+        if variable[0] != "var" and variable != ("const", "i"):
+            raise NotMath("a sum needs its index")
+        self.bound += (variable[1],)
+        if len(self.bound) > MAX_SUMS:
+            raise NotMath(f"more than {MAX_SUMS} sums within one another")
+        body = self.term()
+        self.bound = self.bound[:-1]
+        return ("series", name, variable[1], low, high, body)
+
+    def matrix(self, environment: str) -> tuple:
+        if environment not in _MATRICES:
+            raise NotMath(f"unknown environment {environment!r}")
+        if environment == "array":
+            self.subscript()
+        rows: list[list[tuple]] = [[]]
+        while not self.accept(f"\\end{{{environment}}}"):
+            if self.accept("\\\\"):
+                rows.append([])
+            elif not self.accept("&", "\\hline"):
+                rows[-1].append(self.sum())
+        rows = [row for row in rows if row]
+        if not rows or len({len(row) for row in rows}) != 1:
+            raise NotMath("the rows of a matrix must be of one length")
+        return ("matrix", tuple(map(tuple, rows)))
+
+    def unit(self, sign: int = 1) -> tuple[tuple, Fraction]:
+        """The unit behind a value, as powers of base units and the factor to them."""
+        powers: dict[str, int] = {}
+        factor = Fraction(1)
+        ahead = 1  # the exponent that "square" gives to the word behind it
+        while self.kind() in ("text", "letter", "word") or self.at("/", "\\cdot", "*"):
+            kind = self.kind()
+            word = self.take().lower()
+            if word in ("/", "per"):
+                sign = -1
+            elif word in _UNIT_EXPONENTS:
+                ahead = _UNIT_EXPONENTS[word]
+            elif kind != "sign" and word not in _FILLER:
+                bases, one = unit_of(self.peek(-1))
+                power = self.unit_power() * ahead * sign
+                for base, exponent in bases:
+                    powers[base] = powers.get(base, 0) + power * exponent
+                factor *= one**power
+                ahead = 1
+        return tuple(sorted((base, power) for base, power in powers.items() if power)), factor
+
+    def unit_power(self) -> int:
+        if not self.accept("^"):
+            return 1
+        exponent = self.bare_exponent()
+        sign, exponent = (-1, exponent[1]) if exponent[0] == "neg" else (1, exponent)
+        if exponent[0] != "num" or exponent[1] not in range(1, 10):
+            raise NotMath("not a unit's power")
+        return sign * int(exponent[1])
+
+
+def product(factors: list[tuple]) -> tuple:
+    if len(factors) == 1:
+        return factors[0]
+    if factors[0][0] == "neg":  # -2x is -(2x)
+        return ("neg", ("mul", (factors[0][1], *factors[1:])))
+    return ("mul", tuple(factors))
+
+
+def mixed(whole: tuple, fraction: tuple) -> tuple:
+    if fraction[0] == "pct":
+        return ("pct", mixed(whole, fraction[1]))
+    if whole[0] == "neg":
+        return ("neg", ("add", (whole[1], fraction)))
+    return ("add", (whole, fraction))
+
+
+def value_or_zero(text: str) -> int:
+    return int(text) if text.isdigit() else 0
+
+
+def _is_number(factor: tuple) -> bool:
+    kind = factor[0]
+    return kind in ("num", "pct", "unit") or kind in ("inv", "neg") and factor[1][0] == "num"

@@ -17,6 +17,7 @@ What counts as equal (a false accept is worse than a false reject):
     1010_2       is the number ten, and not 1010
 """
 
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,14 @@ from fractions import Fraction
 from functools import lru_cache
 
 from answers.evaluation import (
-    ROUNDING, SMALL, Budget, Evaluation, TooHard, Undefined, contains, variables,
+    ROUNDING,
+    SMALL,
+    Budget,
+    Evaluation,
+    TooHard,
+    Undefined,
+    contains,
+    variables,
 )  # fmt: skip
 from answers.extract import extract_boxed
 from answers.latex import FUNCTIONS, GREEK_WORDS, MAX_CHARS, NotMath, parse
@@ -32,6 +40,10 @@ from answers.latex import FUNCTIONS, GREEK_WORDS, MAX_CHARS, NotMath, parse
 MAX_ITEMS = 100
 MAX_VARIABLES = 10
 ROUNDED_DIGITS = 7  # so many significant digits, correctly rounded, stand for a number
+
+_REALS = ("var", "mathbb R")
+_INFINITY = ("const", "inf")
+_EVERYTHING = ("interval", ("neg", _INFINITY), _INFINITY, False, False)
 
 
 class Undecided(Exception):
@@ -53,23 +65,18 @@ def compare(
     comparison = _Comparison(symbolic)
     try:
         gold_node = read(gold)
-        label = gold_node[0] == "var" and _LABELLED.match(answer)
-        if label and gold_node[1].isupper():  # (C) 42 for C
-            return "correct" if label[1] == gold_node[1] else "wrong"
-        answer_node = read(_LABEL.sub("", answer))
+        is_letter = gold_node[0] == "var" and gold_node[1].isupper()
+        label = _LABELLED.match(answer) if is_letter else None  # (C) 42 for C
+        answers = [read(label[1] if label else _LABEL.sub("", answer))]
         unitless = _LETTER_UNIT.fullmatch(answer)
-        bare_node = read(unitless[1]) if unitless and not variables(gold_node) else None
+        if unitless and gold_node[0] != "unit" and not variables(gold_node):  # 5 m for 5
+            answers.append(read(unitless[1]))
     except NotMath:
         return "unparsable"
     try:
-        is_same = (
-            tolerance
-            and comparison.within(gold_node, answer_node, tolerance)
-            or comparison.same(gold_node, answer_node)
-            or bare_node is not None
-            and gold_node[0] != "unit"
-            and comparison.same(gold_node, bare_node)
-        )
+        if tolerance and comparison.within(gold_node, answers[0], tolerance):
+            return "correct"
+        is_same = any(comparison.same(gold_node, node) for node in answers)
         return "correct" if is_same else "wrong"
     except Undecided:
         return "undecided"
@@ -103,15 +110,11 @@ _LEAD_IN = re.compile(
     r"\s*(?:\\text\{)?(?:the )?(?:final |correct )?(?:answer(?: is|:)|option|choice) ?\}? ?(?=.)",
     re.IGNORECASE,
 )
-_TIME = re.compile(r"(\d{1,2}(?::\d{2})?) ?([ap])\.?m\.?")
+_TIME = re.compile(r"(\d{1,2}(?::\d{2})?) ?([ap])\.?m")
 _MATHS_WORDS = {*FUNCTIONS, *GREEK_WORDS, "and", "or", "inf", "infinity", "infty", "in", "mod"}
-_PHRASES = {
-    **dict.fromkeys(
-        ("no solution", "no solutions", "no real solution", "no real solutions"), ("set", ())
-    ),
-    **dict.fromkeys(("empty set", "none"), ("set", ())),
-    **dict.fromkeys(("all real numbers", "all reals", "real numbers"), ("var", "mathbb R")),
-}
+_NOTHING = {"none", "empty set", "no solution", "no solutions", "no real solution"}
+_NOTHING |= {"no real solutions"}
+_ALL = {"all real numbers", "all reals", "real numbers"}
 
 
 @lru_cache(maxsize=4096)  # the gold answer comes once for each sample of a group
@@ -123,12 +126,12 @@ def read(text: str) -> tuple:
         raise NotMath("no letter and no digit")
     text = text[lead_in.end() :] if (lead_in := _LEAD_IN.match(text)) else text
     plain = " ".join(_COMMAND.sub(r" \1 ", text).replace("$", " ").replace("\\ ", " ").split())
-    words = plain.strip(" .,;:!\"'*`()[]{}").casefold()
-    if _is_words(plain.strip(" .,;:!\"'*`()[]{}")):
+    plain = plain.strip(" .,;:!\"'*`()[]{}")
+    words = plain.casefold()
+    if _is_words(plain):
         words = words.removeprefix("the ").removeprefix("an ").removeprefix("a ")
-        return _PHRASES.get(words) or ("text", words)
-    time = _TIME.fullmatch(words)
-    if time:
+        return ("set", ()) if words in _NOTHING else _REALS if words in _ALL else ("text", words)
+    if time := _TIME.fullmatch(words):
         return ("text", f"{time[1]} {time[2]}m")
     try:
         return parse(text)
@@ -159,17 +162,26 @@ def _is_balanced(text: str) -> bool:
 
 # ---- trees ----
 
-_REALS = ("var", "mathbb R")
-_INFINITY = ("const", "inf")
-_Piece = tuple[tuple, bool, tuple, bool]  # low end, closed, high end, closed
-
 
 def _is_equation(node: tuple) -> bool:
     return node[0] == "rel" and node[2] == ("=",)
 
 
 def _is_inequality(node: tuple) -> bool:
-    return node[0] == "rel" and not {"=", "~", "in", "->"} & set(node[2])
+    return node[0] == "rel" and node[2][0][0] in "<>!"
+
+
+def _is_name(node: tuple) -> bool:
+    """Something that an equation gives a value to: x, m_max, AB, f(2), N/M, |PQ|, the area."""
+    kind = node[0]
+    if kind == "mul":
+        function, *rest = node[1]
+        return all(map(_is_name, node[1])) or function[0] == "var" and len(rest) == 1
+    if kind == "fn":
+        return node[1] in ("abs", "max", "min") and all(map(_is_name, node[2]))
+    if kind == "tuple":
+        return all(map(_is_name, node[1]))
+    return kind in ("var", "text") or kind == "inv" and _is_name(node[1])
 
 
 def _assigns(node: tuple) -> bool:
@@ -178,20 +190,6 @@ def _assigns(node: tuple) -> bool:
         return False
     names = {item[1][0] for item in node[1]}
     return len(names) > 1 and all(map(_is_name, names))
-
-
-def _is_name(node: tuple) -> bool:
-    """Something that an equation gives a value to: x, m_max, AB, f(x), |PQ|, (x, y), the area."""
-    kind = node[0]
-    if kind == "mul":
-        function, *rest = node[1]
-        is_call = function[0] == "var" and (len(function[1]) == 1 or function[1][0] == "\\")
-        return all(map(_is_name, node[1])) or is_call and len(rest) == 1
-    if kind == "inv":
-        return _is_name(node[1])
-    if kind == "fn":
-        return node[1] in ("abs", "max", "min", "det") and all(map(_is_name, node[2]))
-    return kind in ("var", "text") or kind == "tuple" and all(map(_is_name, node[1]))
 
 
 def _has_sign(node: tuple) -> bool:
@@ -209,14 +207,12 @@ def _signed(node, sign: int):
 
 
 def _items(node: tuple) -> list[tuple]:
-    items = list(node[1]) if node[0] in ("list", "set") else [node]
+    items = []
+    for item in node[1] if node[0] in ("list", "set") else [node]:
+        items += [_signed(item, 1), _signed(item, -1)] if _has_sign(item) else [item]
     if len(items) > MAX_ITEMS:
         raise TooHard("too many items")
-    return [
-        branch
-        for item in items
-        for branch in ((_signed(item, 1), _signed(item, -1)) if _has_sign(item) else (item,))
-    ]
+    return items
 
 
 def _vector(node: tuple) -> tuple:
@@ -241,11 +237,9 @@ def _difference(relation: tuple) -> tuple:
 
 def _quantity(node: tuple) -> tuple[tuple, tuple, Fraction]:
     """(value, unit, factor to the base units)"""
-    if node[0] == "unit":
-        return node[1], node[2], node[3]
     if node[0] == "neg" and node[1][0] == "unit":
-        return ("neg", node[1][1]), node[1][2], node[1][3]
-    return node, (), Fraction(1)
+        return ("neg", node[1][1]), *node[1][2:]
+    return node[1:] if node[0] == "unit" else (node, (), Fraction(1))
 
 
 def _percent(node: tuple) -> tuple | None:
@@ -258,12 +252,6 @@ def _mentions(node, wanted: tuple) -> bool:
     return node == wanted or (
         isinstance(node, tuple) and any(_mentions(child, wanted) for child in node)
     )
-
-
-def _renamed(node, old: tuple, new: tuple):
-    if node == old or not isinstance(node, tuple):
-        return new if node == old else node
-    return tuple(_renamed(child, old, new) for child in node)
 
 
 # ---- the comparison ----
@@ -304,26 +292,38 @@ class _Comparison:
         return self.same_quantity(gold, answer)
 
     def all_same(self, gold: Sequence, answer: Sequence, same: Callable | None = None) -> bool:
+        """Item by item."""
         return len(gold) == len(answer) and all(map(same or self.same, gold, answer))
 
+    def matches(self, gold: Sequence, answer: Sequence, same: Callable | None = None) -> bool:
+        """In any order."""
+        same, left = same or self.same, list(answer)
+        for item in gold:
+            i = next((i for i, other in enumerate(left) if same(item, other)), None)
+            if i is None:
+                return False
+            del left[i]
+        return not left
+
     def same_matrix(self, gold: tuple, answer: tuple) -> bool:
-        """Entry by entry; a matrix of one row or column is also a tuple."""
+        """Entry by entry; a matrix of one column is also a tuple."""
         rows, answer_rows = _rows(gold), _rows(answer)
         if gold[0] != answer[0] and len(rows) != len(answer_rows):
             rows, answer_rows = (
-                tuple(zip(*r, strict=True)) if len(r) > 1 and len(r[0]) == 1 else r
-                for r in (rows, answer_rows)
+                tuple(zip(*r, strict=True)) if len(r[0]) == 1 else r for r in (rows, answer_rows)
             )
         return self.all_same(rows, answer_rows, self.all_same)
 
     def same_parts(self, gold: tuple, answer: tuple) -> bool:
-        if "mod" in (gold[0], answer[0]) and gold[0] != answer[0]:  # 7 (mod 11) is 7
+        if gold[0] == answer[0]:
+            nested = gold[0] in ("tuple", "ratio")
+            return self.all_same(*(node[1] if nested else node[1:] for node in (gold, answer)))
+        if "mod" in (gold[0], answer[0]):  # 7 (mod 11) is 7
             gold, answer = (node[1] if node[0] == "mod" else node for node in (gold, answer))
             return not variables(gold) and self.same(gold, answer)
-        if gold[0] != "ratio" == answer[0] and len(answer[1]) == 2:  # 2 : 3 for 2/3
-            return self.same(gold, ("mul", (answer[1][0], ("inv", answer[1][1]))))
-        parts = [node[1] if node[0] in ("tuple", "ratio") else node[1:] for node in (gold, answer)]
-        return gold[0] == answer[0] and self.all_same(*parts)
+        if answer[0] != "ratio" or len(answer[1]) != 2:
+            return False
+        return self.same(gold, ("mul", (answer[1][0], ("inv", answer[1][1]))))  # 2 : 3 for 2/3
 
     # names
 
@@ -355,9 +355,9 @@ class _Comparison:
             return None
         name = names[0] if names else ("text", "=")
         constants = [part for part in parts if not variables(part)]
-        for left, right in zip(constants, constants[1:], strict=False):
-            if not self.near(left, right, "~" if "~" in operators else "="):
-                return name, None
+        near = self.near if "~" in operators else self.same
+        if not all(map(near, constants, constants[1:])):
+            return name, None
         exact = parts[operators.index("~")] if "~" in operators else parts[-1]
         return name, parts[-1] if exact[0] == "num" != parts[-1][0] else exact
 
@@ -369,9 +369,7 @@ class _Comparison:
             return is_sum and not variables(value)
         return _is_name(node) and node[1] not in variables(value)
 
-    def near(self, left: tuple, right: tuple, operator: str) -> bool:
-        if operator == "=":
-            return self.same(left, right)
+    def near(self, left: tuple, right: tuple) -> bool:
         try:
             a, b = (complex(self.value(node)) for node in (left, right))
         except ArithmeticError:
@@ -382,31 +380,10 @@ class _Comparison:
         (gold_name, gold_value), (name, value) = gold, answer
         if gold_value is None or value is None:
             return False
-        if None in (gold_name, name) or "text" in (gold_name[0], name[0]) or gold_name == name:
-            return self.same(gold_value, value)
+        names = (gold_name, name)
+        is_any = None in names or "text" in (gold_name[0], name[0]) or gold_name == name
         function = ("mul", (("var", "f"), ("var", "x")))
-        if {gold_name, name} == {("var", "y"), function}:
-            return self.same(gold_value, value)
-        is_call = gold_name[0] == name[0] == "mul" and len(gold_name[1]) == len(name[1]) == 2
-        if not is_call or gold_name[1][0] != name[1][0] or _mentions(value, gold_name[1][1]):
-            return False  # f(x) = x^2 is f(t) = t^2
-        return self.same(gold_value, _renamed(value, name[1][1], gold_name[1][1]))
-
-    # collections
-
-    def same_collection(self, gold: tuple, answer: tuple) -> bool:
-        """Equal as multisets (lists) or sets; a tuple is neither. Inequalities are a region."""
-        nodes = (gold, answer)
-        if any(n[0] == "list" and all(map(_is_inequality, n[1])) for n in nodes):
-            return self.same_region(gold, answer)
-        if "union" in (gold[0], answer[0]):
-            return self.same_region(gold, answer)
-        if {gold[0], answer[0]} == {"list", "tuple"}:
-            return False
-        gold_items, items = _items(gold), _items(answer)
-        if "set" in (gold[0], answer[0]):
-            gold_items, items = self.distinct(gold_items), self.distinct(items)
-        return self.matches(gold_items, items)
+        return (is_any or set(names) == {("var", "y"), function}) and self.same(gold_value, value)
 
     def same_assignment(self, equations: Sequence[tuple], values: tuple) -> bool:
         """x = 1, y = 2 is 1, 2 in this order, and (1, 2) in the order of the names."""
@@ -416,6 +393,23 @@ class _Comparison:
             equations = sorted(equations, key=lambda equation: equation[1][0][1:])
         return self.all_same([equation[1][1] for equation in equations], values[1])
 
+    # collections
+
+    def same_collection(self, gold: tuple, answer: tuple) -> bool:
+        """Equal as multisets (lists) or sets; a tuple is no list. Inequalities are a region."""
+        kinds = {gold[0], answer[0]}
+        is_region = "union" in kinds or any(
+            node[0] == "list" and all(map(_is_inequality, node[1])) for node in (gold, answer)
+        )
+        if is_region:
+            return self.same_region(gold, answer)
+        if kinds == {"list", "tuple"}:
+            return False
+        items, answer_items = _items(gold), _items(answer)
+        if "set" in kinds:
+            items, answer_items = self.distinct(items), self.distinct(answer_items)
+        return self.matches(items, answer_items)
+
     def distinct(self, items: list[tuple]) -> list[tuple]:
         kept: list[tuple] = []
         for item in items:
@@ -423,126 +417,84 @@ class _Comparison:
                 kept.append(item)
         return kept
 
-    def matches(self, gold_items: Sequence[tuple], items: Sequence[tuple]) -> bool:
-        left = list(items)
-        for gold in gold_items:
-            i = next((i for i, item in enumerate(left) if self.same(gold, item)), None)
-            if i is None:
-                return False
-            del left[i]
-        return not left
-
     # equations and regions
 
     def same_equation(self, gold: tuple, answer: tuple) -> bool:
         """Equal up to a constant factor: 2x + 4y = 6 is x + 2y - 3 = 0."""
         sides = {"text", "list", "set", "tuple", "matrix", "interval", "union", "rel", "pm", "mp"}
-        is_plain = not contains(gold[1], sides) and not contains(answer[1], sides)
+        is_plain = not contains((gold[1], answer[1]), sides)
         if not is_plain or not variables(gold) or variables(gold) != variables(answer):
             return self.all_same(gold[1], answer[1])
-        return self.proportional(_difference(gold), _difference(answer), positive=False)
+        return self.proportional(_difference(gold), _difference(answer))
 
     def same_region(self, gold: tuple, answer: tuple) -> bool:
-        """The same set of reals, of the same variable; or inequalities up to a positive factor."""
-        region, answer_region = self.region(gold), self.region(answer)
-        if region is not None and answer_region is not None:
-            (name, pieces), (answer_name, answer_pieces) = region, answer_region
-            is_other = name is not None and answer_name is not None and name != answer_name
-            return not is_other and self.all_same(pieces, answer_pieces, self.same_piece)
-        if gold[0] != answer[0]:
-            return False
-        if gold[0] == "interval":
-            return gold[3:] == answer[3:] and self.all_same(gold[1:3], answer[1:3])
-        if gold[0] == "union":
-            return self.matches(gold[1], answer[1])
-        if gold[0] != "rel" or len(gold[2]) > 1 or len(answer[2]) > 1:
+        """The same pieces of the real line, or inequalities equal up to a positive factor."""
+        pieces, answer_pieces = self.pieces(gold), self.pieces(answer)
+        if pieces and answer_pieces:
+            return self.matches(pieces, answer_pieces, self.same_piece)
+        if gold[0] != answer[0] or gold[0] != "rel" or len(gold[2]) > 1 or len(answer[2]) > 1:
             return False
         (strictness, side), (answer_strictness, answer_side) = map(_positive_side, (gold, answer))
         if None in (side, answer_side):
             return gold[2] == answer[2] and self.all_same(gold[1], answer[1])
         return strictness == answer_strictness and self.proportional(side, answer_side, True)
 
-    def region(self, node: tuple) -> tuple[tuple | None, list[_Piece]] | None:
-        """(variable, pieces in order) of a set of reals with constant ends; None of others."""
-        try:
-            name, pieces = self.pieces(node)
-            return name, sorted(pieces, key=lambda piece: (self.order(piece[0]), not piece[1]))
-        except (Undefined, TooHard):
-            return None
+    def same_piece(self, gold: tuple, answer: tuple) -> bool:
+        (name, piece), (answer_name, answer_piece) = gold, answer
+        is_same_name = None in (name, answer_name) or name == answer_name
+        ends = (piece[1:3], answer_piece[1:3])
+        return is_same_name and piece[3:] == answer_piece[3:] and self.all_same(*ends)
 
-    def pieces(self, node: tuple) -> tuple[tuple | None, list[_Piece]]:
+    def pieces(self, node: tuple) -> list[tuple[tuple | None, tuple]]:
+        """(variable, interval) of each piece of a region; nothing of what is none."""
         kind = node[0]
-        if kind == "interval":
-            return None, [(node[1], node[3], node[2], node[4])]
         if kind == "tuple" and len(node[1]) == 2:
-            return None, [(node[1][0], False, node[1][1], False)]
+            node = ("interval", *node[1], False, False)
+        if node[0] == "interval":
+            return [(None, node)]
         if kind == "set":
-            return None, [(item, True, item, True) for item in node[1]]
-        if node == _REALS:
-            return None, [(("neg", _INFINITY), False, _INFINITY, False)]
+            return [_point(item) for item in node[1]]
         if kind == "rel":
             return self.inequality(node)
-        if kind not in ("union", "list"):
-            raise TooHard("not a region")
+        if kind == "union":
+            return [piece for part in node[1] for piece in self.pieces(part) or [_point(part)]]
+        if kind != "list":
+            return [(None, _EVERYTHING)] if node == _REALS else []
         parts = [self.pieces(part) for part in node[1]]
-        names = {name for name, _ in parts} - {None}
-        if len(names) > 1:
-            raise TooHard("two variables")
-        pieces = [piece for _, part in parts for piece in part]
-        if kind == "list" and len(pieces) == 2:
-            pieces = self.overlap(*pieces) or pieces
-        return names.pop() if names else None, pieces
+        pieces = [piece for part in parts for piece in part] if all(parts) else []
+        is_pair = len(pieces) == 2 and pieces[0][0] == pieces[1][0]
+        return self.overlap(*pieces) or pieces if is_pair else pieces
 
-    def overlap(self, left: _Piece, right: _Piece) -> list[_Piece]:
+    def overlap(self, left: tuple, right: tuple) -> list[tuple]:
         """What two rays have in common, x > 2 and x < 5; nothing when they do not overlap."""
-        if self.order(left[0]) < self.order(right[0]):
+        if left[1][2] != _INFINITY:
             left, right = right, left
-        is_overlap = self.order(left[0]) < self.order(right[2]) <= self.order(left[2])
-        return [(left[0], left[1], right[2], right[3])] if is_overlap else []
+        (name, (_, low, high, is_closed, _)), (_, (_, lowest, end, _, is_end_closed)) = left, right
+        if high != _INFINITY or lowest != ("neg", _INFINITY):
+            return []
+        is_overlap = complex(self.value(low)).real < complex(self.value(end)).real
+        return [(name, ("interval", low, end, is_closed, is_end_closed))] if is_overlap else []
 
-    def inequality(self, node: tuple) -> tuple[tuple | None, list[_Piece]]:
-        """x > 2, 2 < x <= 5, x != 3, with constants at the ends."""
+    def inequality(self, node: tuple) -> list[tuple[tuple, tuple]]:
+        """x > 2, 2 < x <= 5, x != 3"""
         parts, operators = node[1], node[2]
-        if operators == ("in",) and parts[0][0] == "var":
-            return parts[0], self.pieces(parts[1])[1]
-        if operators[0][0] == ">":  # all turned to <, ends first
+        if operators[0][0] == ">":  # all turned to <
             parts, operators = parts[::-1], tuple("<" + o[1:] for o in operators[::-1])
-        low = ("neg", _INFINITY)
-        middle = [i for i, part in enumerate(parts) if part[0] == "var"]
-        ends = [part for part in parts if part[0] != "var"]
-        if len(middle) != 1 or any(map(variables, ends)) or len(parts) > 3:
-            raise TooHard("not an inequality of one variable")
-        name = parts[middle[0]]
+        i = next((i for i, part in enumerate(parts) if part[0] == "var"), None)
+        if i is None:
+            return []
+        ends = list(parts[:i]) or [("neg", _INFINITY)], list(parts[i + 1 :]) or [_INFINITY]
+        if len(ends[0]) > 1 or len(ends[1]) > 1 or variables((*ends[0], *ends[1])):
+            return []
+        low, high = ends[0][0], ends[1][0]
         if operators == ("!=",):
-            return name, [(low, False, *ends, False), (*ends, False, _INFINITY, False)]
-        if operators[0][0] != "<" or operators[-1][0] != "<":
-            raise TooHard("not an inequality")
-        closed = [operator == "<=" for operator in operators]
-        if len(parts) == 3 and middle == [1]:
-            return name, [(ends[0], closed[0], ends[1], closed[1])]
-        if len(parts) == 3:
-            raise TooHard("not an inequality of one variable")
-        if middle == [0]:
-            return name, [(low, False, ends[0], closed[0])]
-        return name, [(ends[0], closed[0], _INFINITY, False)]
-
-    def order(self, end: tuple) -> float:
-        """The place of an end on the real line, to compare with."""
-        if end in (_INFINITY, ("neg", _INFINITY)):
-            return float("inf") if end == _INFINITY else float("-inf")
-        value = self.value(end)
-        if not isinstance(value, Fraction) and SMALL.im(value):
-            raise Undefined("not real")
-        try:
-            return float(value if isinstance(value, Fraction) else SMALL.re(value))
-        except OverflowError:
-            raise TooHard("too large") from None
-
-    def same_piece(self, gold: _Piece, answer: _Piece) -> bool:
-        if gold[1::2] != answer[1::2]:
-            return False
-        ends = zip(gold[::2], answer[::2], strict=True)
-        return all(g == a or not _mentions((g, a), _INFINITY) and self.same(g, a) for g, a in ends)
+            end = low if high == _INFINITY else high
+            below = ("interval", ("neg", _INFINITY), end, False, False)
+            return [(parts[i], below), (parts[i], ("interval", end, _INFINITY, False, False))]
+        if any(operator[0] != "<" for operator in operators):
+            return []
+        closed = [i > 0 and operators[i - 1] == "<=", operators[i:] == ("<=",)]
+        return [(parts[i], ("interval", low, high, *closed))]
 
     # quantities
 
@@ -557,7 +509,7 @@ class _Comparison:
             return gold_unit == unit and self.same_value(gold_value, value)
         if self.same_value(gold_value, value):
             return True
-        if (("deg", 1),) in (gold_unit, unit):
+        if (("deg", 1),) in (gold_unit, unit):  # 90 degrees is pi/2
             return contains(gold if unit else answer, {"const"}) and self.same_value(gold, answer)
         percent = _percent(gold_value)
         if percent is None or unit or _percent(value) is not None:
@@ -566,16 +518,16 @@ class _Comparison:
 
     def within(self, gold: tuple, answer: tuple, tolerance: float) -> bool:
         """Is the answer a number at most tolerance from gold, in gold's unit (4.2%: in percent)?"""
+        nodes = [(self.named(node) or (None, node))[1] for node in (gold, answer)]
+        if None in nodes:
+            return False
+        (gold_value, gold_unit, gold_factor), (value, unit, factor) = map(_quantity, nodes)
+        if gold_unit and unit and gold_unit != unit:
+            return False
+        if _percent(gold_value) is not None:
+            gold_value, value = _percent(gold_value), _percent(value) or value
+        scale = float(factor / gold_factor) if unit and gold_unit else 1.0
         try:
-            nodes = [(self.named(node) or (None, node))[1] for node in (gold, answer)]
-            if None in nodes:
-                return False
-            (gold_value, gold_unit, gold_factor), (value, unit, factor) = map(_quantity, nodes)
-            if gold_unit and unit and gold_unit != unit:
-                return False
-            if _percent(gold_value) is not None:
-                gold_value, value = _percent(gold_value), _percent(value) or value
-            scale = float(factor / gold_factor) if unit and gold_unit else 1.0
             distance = abs(complex(self.value(value)) * scale - complex(self.value(gold_value)))
         except (ArithmeticError, ValueError):
             return False
@@ -588,14 +540,14 @@ class _Comparison:
         if gold == answer:
             return True
         try:
-            names = sorted(variables(gold) | variables(answer))
+            names = sorted(variables((gold, answer)))
             if names:
                 return self.agree_everywhere(gold, answer, names)
             return _same_number(gold, answer, self.value(gold), self.value(answer))
         except Undefined:
             return False
         except TooHard:
-            if not contains(gold, {"series"}) and not contains(answer, {"series"}):
+            if not contains((gold, answer), {"series"}):
                 return False
         if self.symbolic is None:
             raise Undecided
@@ -611,40 +563,35 @@ class _Comparison:
                     g, a = (self.value(node, point, real_only) for node in (gold, answer))
                 except Undefined:
                     continue
-                if g != a and (
-                    isinstance(g, Fraction) and isinstance(a, Fraction) or not _close(g, a)
-                ):
+                if not _close(g, a):
                     return False
                 checked += 1
             if checked >= 2:
                 return True
         return False
 
-    def proportional(self, gold: tuple, answer: tuple, positive: bool) -> bool:
-        """Is gold / answer the same non-zero (positive) constant at random points?"""
-        ratio, checked = None, 0
-        for point in _points(sorted(variables(gold) | variables(answer)), (gold, answer)):
-            try:
-                g, a = (self.value(node, point) for node in (gold, answer))
-                if g == 0 or a == 0:
-                    if g != a:
-                        return False
+    def proportional(self, gold: tuple, answer: tuple, positive: bool = False) -> bool:
+        """Is gold / answer a non-zero (positive) constant?"""
+        names = sorted(variables((gold, answer)))
+        try:
+            for point in _points(names, (gold, answer)):
+                try:
+                    g, a = (self.value(node, point) for node in (gold, answer))
+                except Undefined:
                     continue
-                here = (
-                    g / a
-                    if isinstance(a, Fraction) or not isinstance(g, Fraction)
-                    else _real(g) / a
-                )
-            except Undefined:
-                continue
-            except TooHard:
-                return False
-            if ratio is not None and here != ratio and not _close(here, ratio):
-                return False
-            if positive and (SMALL.im(_real(here)) or here < 0):
-                return False
-            ratio, checked = here, checked + 1
-        return checked >= 3
+                if g != 0 and a != 0:
+                    is_positive = not SMALL.im(_real(g)) and not SMALL.im(_real(a)) and g * a > 0
+                    if positive and not is_positive:
+                        return False
+                    scaled = ("mul", (gold, ("num", a, 0))), ("mul", (answer, ("num", g, 0)))
+                    return self.agree_everywhere(*scaled, names)
+        except TooHard:
+            pass
+        return False
+
+
+def _point(node: tuple) -> tuple[None, tuple]:
+    return None, ("interval", node, node, True, True)
 
 
 def _positive_side(relation: tuple) -> tuple[str, tuple | None]:
@@ -666,21 +613,19 @@ def _real(value):
 
 
 def _close(a, b) -> bool:
-    """Equal up to rounding, relative to the larger."""
+    """Equal: exactly, or up to rounding."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
     a, b = _real(a), _real(b)
     return abs(a - b) <= ROUNDING * max(abs(a), abs(b))
 
 
 def _same_number(gold: tuple, answer: tuple, g, a) -> bool:
-    """Are the trees equal, whose values are g and a?"""
-    if isinstance(g, Fraction) and isinstance(a, Fraction):
-        if g == a:
-            return True
-    elif _close(g, a):
-        return True
-    if _decimal(gold) is None:
-        return _is_rounding(_decimal(answer), g)
-    return _decimal(answer) is None and _is_rounding(_decimal(gold), a)
+    """Are the trees equal, whose values are g and a, or one the other's rounding?"""
+    decimals = (_decimal(gold), _decimal(answer))
+    if _close(g, a) or None not in decimals:
+        return _close(g, a)
+    return _is_rounding(decimals[0], a) or _is_rounding(decimals[1], g)
 
 
 def _decimal(node: tuple) -> tuple[Fraction, int] | None:
@@ -699,30 +644,17 @@ def _is_rounding(decimal: tuple[Fraction, int] | None, value) -> bool:
     if decimal is None or decimal[1] < ROUNDED_DIGITS or not decimal[0]:
         return False
     if isinstance(value, Fraction):
-        if _has_finite_decimal(value):
+        denominator = value.denominator
+        if 10 ** denominator.bit_length() % denominator == 0:  # a finite decimal
             return False
-        exact = value
     elif SMALL.im(value):
         return False
-    else:
-        exact = Fraction(int(SMALL.nint(SMALL.re(value) * 10**60)), 10**60)
     number, digits = decimal
     size = abs(number)
-    magnitude = len(str(int(size))) if size >= 1 else -_leading_zeros(size)
-    unit = Fraction(10) ** (magnitude - min(digits, 15))
-    return abs(exact - number) <= unit / 2 or exact * number > 0 and 0 <= abs(exact) - size < unit
-
-
-def _leading_zeros(number: Fraction) -> int:
-    """After the decimal point: 2 of 0.00123."""
-    zeros = 0
-    while number * 10 ** (zeros + 1) < 1:
-        zeros += 1
-    return zeros
-
-
-def _has_finite_decimal(value: Fraction) -> bool:
-    return 10 ** value.denominator.bit_length() % value.denominator == 0
+    unit = SMALL.mpf(10) ** (math.floor(SMALL.log10(_real(size))) + 1 - min(digits, 15))
+    error = abs(SMALL.re(_real(value))) - _real(size)
+    is_same_sign = (SMALL.re(_real(value)) > 0) == (number > 0)
+    return is_same_sign and -unit / 2 <= error < unit
 
 
 # ---- points ----

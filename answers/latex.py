@@ -354,7 +354,8 @@ class _Parser:
         nodes, operators = [self.sum()], []
         while self.kind() == "sign" and self.peek() in _RELATIONS:
             operators.append(_RELATIONS[self.take()])
-            nodes.append(self.joined_sets(self.sum) if operators[-1] == "in" else self.sum())
+            is_set = operators[-1] in ("=", "in")
+            nodes.append(self.joined_sets(self.sum) if is_set else self.sum())
         while self.depth == 0 and not operators and self.accept(":"):
             nodes.append(self.sum())
         node = nodes[0] if len(nodes) == 1 else ("ratio", tuple(nodes))

@@ -43,16 +43,18 @@ def _pairs(text: str) -> dict[str, str]:
 _SIGNS = {
     entry[0]: entry[1:] + " " if "\\" in entry else entry[1:]
     for entry in _words(
-        r"""−- –- —- ‐- ‑- －- ×\times ✕\times ⋅\cdot ·\cdot ∙\cdot ÷/ ∕/ ⁄/ π\pi ∞\infty √\sqrt
+        r"""−- –- —- ‐- ×\times ✕\times ⋅\cdot ·\cdot ∙\cdot ÷/ ∕/ ⁄/ π\pi ∞\infty √\sqrt
         ∛\sqrt[3] ≤\le ≥\ge ⩽\le ⩾\ge ≠\ne ≈\approx ≡\equiv ∪\cup ∈\in ∅\emptyset ±\pm ∓\mp
-        °^\circ θ\theta α\alpha β\beta γ\gamma λ\lambda μ\mu µ\mu σ\sigma ω\omega φ\phi
-        ℝ\mathbb{R} ⟨\langle ⟩\rangle ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ，, （( ）) ％% ＝= ＋+
-        ．. ：: ′' ″'' ’' “" ”" …\ldots €\euro £\pound"""
+        °\circ θ\theta α\alpha β\beta γ\gamma λ\lambda μ\mu σ\sigma ω\omega φ\phi
+        ⟨\langle ⟩\rangle ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ′' ’' “" ”" €\euro £\pound"""
     )
-} | dict.fromkeys("\u200b\ufeff", "")
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
-_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+} | {"\u200b": "", "\ufeff": ""}
+_SMALL = {"^": "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "_": "₀₁₂₃₄₅₆₇₈₉"}
 _THOUSANDS = re.compile(r"(?<=\d) ?(?:\\[,!; ]|\{ ?, ?\}|, ?\\!) ?(?=\d{3}(?!\d))")
+_MIXED = re.compile(
+    r"(?<![\w.^_}])(\d+) ?(?:\\[dtc]?frac ?\{?(\d+)\}? ?\{?(\d+)\}?|(?<= )(\d+)/(\d+))"
+)
+_RAISED = re.compile(r"\^ ?\{? ?((?:\\circ|\\prime)+) ?\}?")
 _TIMES_TEN = re.compile(r"(?<=\d) ?[xX] ?10 ?\^")
 _MOD = re.compile(r"\(\\?mod (\w+)\)")
 _UNIT_RATIO = re.compile(r"(?<=[\d})] )(k?[mg]|J|N) ?/ ?(k?[mgsh](?:\^2|\^\{2\})?)$")  # 5 m/s
@@ -68,8 +70,10 @@ def normalise(text: str) -> str:
     text = " ".join(text.replace("~", " ").replace("np.", "").split())
     if text.startswith(("**", "`")):  # Markdown
         text = text.strip("*`")
-    text = _MOD.sub(r"\\pmod{\1}", _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text)))
+    text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
+    text = _MOD.sub(r"\\pmod{\1}", _RAISED.sub(r"\1 ", _MIXED.sub(_mixed, text)))
     text = text.replace("\\$", "\\dollar ").replace("**", "^").replace("...", "\\ldots ")
+    text = text.replace("\\prime", "'")
     if text.count("$") == 1 and _MONEY.match(text):
         text = text.replace("$", "\\dollar ")
     if text[:1] == "{" and text[-1:] == "}" and "\\" not in text:  # a set in plain text
@@ -77,21 +81,22 @@ def normalise(text: str) -> str:
     return _UNIT_RATIO.sub(r"\\text{\1/\2}", text.replace("$", " ").rstrip(" ."))
 
 
+def _mixed(match: re.Match) -> str:
+    """2\\frac{1}{2} and 2 1/2 as a sum."""
+    whole, top, bottom = (group for group in match.groups() if group)
+    is_proper = 0 < int(top) < int(bottom)
+    return f"({whole}+{top}/{bottom})" if is_proper else match[0]
+
+
 def _fold_unicode(text: str) -> str:
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
-    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m[0].translate(_SUBSCRIPTS) + "}", text)
-    return "".join(char if char.isascii() else _ascii(char) for char in text)
-
-
-def _ascii(char: str) -> str:
-    if char in _SIGNS:
-        return _SIGNS[char]
-    if char.isdecimal():
-        return str(unicodedata.decimal(char))
-    if unicodedata.decomposition(char).startswith("<fraction>"):
-        top, _, bottom = unicodedata.normalize("NFKC", char).partition("⁄")
-        return f"\\frac{{{top}}}{{{bottom}}}"
-    return char
+    for mark, signs in _SMALL.items():
+        plain = str.maketrans(signs, "0123456789+-"[: len(signs)])
+        text = re.sub(f"[{signs}]+", lambda m: f"{mark}{{{m[0].translate(plain)}}}", text)  # noqa: B023
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)  # 2½ is 2 1/2
+    return "".join(
+        str(unicodedata.decimal(char)) if char.isdecimal() else _SIGNS.get(char, char)
+        for char in unicodedata.normalize("NFKC", text)
+    )
 
 
 # ---- tokens ----
@@ -127,7 +132,7 @@ FUNCTIONS = _words(
 _GREEK = _words(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon"
     " phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell odot"
-    " nabla partial mho angle triangle perp prime oplus top"
+    " nabla partial mho angle triangle perp oplus top"
 )
 GREEK_WORDS = _words("pi theta alpha beta lambda sigma omega phi mu")  # without a backslash
 _WORD_SIGNS = {
@@ -389,36 +394,13 @@ class _Parser:
             elif self.kind() == "sign" and self.peek() in _CURRENCIES and self.kind(1) != "number":
                 return ("unit", product(factors), ((_CURRENCIES[self.take()], 1),), Fraction(1))
             elif self.starts_factor():
-                start = self.position
                 factors.append(self.power())
-                if len(factors) == 2 and self.is_mixed(factors, start):
-                    factors = [mixed(*factors)]
             else:
                 return product(factors)
 
     def starts_letter_unit(self, factors: list[tuple]) -> bool:
         is_letter = self.kind() == "letter" and self.peek() not in ("e", "i")
         return is_letter and any(map(_is_number, factors))
-
-    def is_mixed(self, factors: list[tuple], start: int) -> bool:
-        """2\\frac{1}{2}: a proper fraction right behind a whole number."""
-        whole, fraction = factors
-        whole = whole[1] if whole[0] == "neg" else whole
-        fraction = fraction[1] if fraction[0] == "pct" else fraction
-        if (
-            self.tokens[start][1] != "\\frac"
-            or self.tokens[start - 1][0] != "number"
-            or whole[2:] != (0,)
-        ):
-            return False
-        parts = fraction[1] if fraction[0] == "mul" else ()
-        return (
-            len(parts) == 2
-            and parts[0][0] == "num"
-            and parts[1][0] == "inv"
-            and parts[1][1][0] == "num"
-            and 0 < parts[0][1] < parts[1][1][1]
-        )
 
     def starts_factor(self) -> bool:
         if self.kind() == "number":  # 2^{3} 5^{2}, x3; not (2)1
@@ -452,46 +434,29 @@ class _Parser:
                 node = ("pct", node)
             elif node[0] == "var" and self.accept("'"):
                 node = ("var", node[1] + "'")
-            elif self.accept("^") or self.at("\\circ"):
-                node = self.exponent(node)
+            elif self.accept("\\circ"):
+                is_temperature = self.peek() in ("C", "F") and self.kind() != "sign"
+                name = "deg" + self.take() if is_temperature else "deg"
+                node = ("unit", node, ((name, 1),), Fraction(1))
+            elif self.accept("^"):
+                node = ("pow", node, self.exponent())
             else:
                 break
         return node
 
-    def exponent(self, base: tuple) -> tuple:
-        braced = self.at("{") and self.peek(1) in ("\\circ", "\\prime")
-        self.position += braced
-        primes = 0
-        while self.accept("\\prime"):
-            primes += 1
-        is_degree = not primes and self.accept("\\circ")
-        if braced:
-            self.expect("}")
-        if primes:
-            unit = ("unit", base, (("prime" * primes, 1),), Fraction(1))
-            return ("var", base[1] + "'" * primes) if base[0] == "var" else unit
-        if is_degree:
-            is_temperature = self.kind() in ("letter", "word") and self.peek() in ("C", "F")
-            name = "deg" + self.take() if is_temperature else "deg"
-            return ("unit", base, ((name, 1),), Fraction(1))
+    def exponent(self) -> tuple:
         self.deeper()
         if self.accept("{"):
-            exponent = self.sum()
+            node = self.sum()
             self.expect("}")
         elif self.at("+", "-"):
-            exponent = self.factor()
+            node = self.factor()
         else:
-            exponent = self.atom()
+            node = self.atom()
             if self.accept("^"):
-                exponent = self.exponent(exponent)
+                node = ("pow", node, self.exponent())
         self.depth -= 1
-        return ("pow", base, exponent)
-
-    def bare_exponent(self) -> tuple:
-        node = self.exponent(ONE)
-        if node[0] != "pow":
-            raise NotMath("a degree or prime sign is no exponent here")
-        return node[2]
+        return node
 
     def atom(self) -> tuple:
         kind = self.kind()
@@ -524,11 +489,7 @@ class _Parser:
             return self.repeating(mantissa)
         is_decimal = "." in mantissa.rstrip(".") or bool(exponent)
         if self.kind() == "number":
-            top, bottom = value_or_zero(self.peek()), value_or_zero(self.peek(2))
-            if is_decimal or self.peek(1) != "/" or not 0 < top < bottom:
-                raise NotMath("two numbers side by side")
-            self.position += 3  # 2 1/2
-            return ("num", Fraction(int(mantissa)) + Fraction(top, bottom), 0)
+            raise NotMath("two numbers side by side")
         digits = max(len(mantissa.replace(".", "").lstrip("0")), 1) if is_decimal else 0
         return (
             "num",
@@ -593,7 +554,7 @@ class _Parser:
             if base is None and self.accept("_"):
                 base = self.argument()
             elif power is None and self.accept("^"):
-                power = self.bare_exponent()
+                power = self.exponent()
         if self.at("(", "[", "{", "|", "\\{"):
             argument = self.atom()
             arguments = argument[1] if argument[0] in ("tuple", "set") else (argument,)
@@ -654,8 +615,7 @@ class _Parser:
             return ("fn", "floor" if opener == "\\lfloor" else "ceil", tuple(items))
         if len(items) > 1:
             return ("tuple", tuple(items))
-        is_based = items[0][0] == "num" and self.at("_")
-        return self.based(str(items[0][1])) if is_based else items[0]
+        return items[0]
 
     def command(self, value: str) -> tuple:
         name = value[1:]
@@ -692,7 +652,7 @@ class _Parser:
             if self.accept("_"):
                 low = self.argument()
             elif self.accept("^"):
-                high = self.bare_exponent()
+                high = self.exponent()
         if name == "int":
             body = self.sum()
             factors = list(body[1]) if body[0] == "mul" else []
@@ -752,7 +712,7 @@ class _Parser:
     def unit_power(self) -> int:
         if not self.accept("^"):
             return 1
-        exponent = self.bare_exponent()
+        exponent = self.exponent()
         sign, exponent = (-1, exponent[1]) if exponent[0] == "neg" else (1, exponent)
         if exponent[0] != "num" or exponent[1] not in range(1, 10):
             raise NotMath("not a unit's power")
@@ -765,18 +725,6 @@ def product(factors: list[tuple]) -> tuple:
     if factors[0][0] == "neg":  # -2x is -(2x)
         return ("neg", ("mul", (factors[0][1], *factors[1:])))
     return ("mul", tuple(factors))
-
-
-def mixed(whole: tuple, fraction: tuple) -> tuple:
-    if fraction[0] == "pct":
-        return ("pct", mixed(whole, fraction[1]))
-    if whole[0] == "neg":
-        return ("neg", ("add", (whole[1], fraction)))
-    return ("add", (whole, fraction))
-
-
-def value_or_zero(text: str) -> int:
-    return int(text) if text.isdigit() else 0
 
 
 def _is_number(factor: tuple) -> bool:

@@ -54,7 +54,7 @@ _THOUSANDS = re.compile(r"(?<=\d) ?(?:\\[,!; ]|\{ ?, ?\}|, ?\\!) ?(?=\d{3}(?!\d)
 _MIXED = re.compile(
     r"(?<![\w.^_}])(\d+) ?(?:\\[dtc]?frac ?\{?(\d+)\}? ?\{?(\d+)\}?|(?<= )(\d+)/(\d+))"
 )
-_RAISED = re.compile(r"\^ ?\{? ?((?:\\circ|\\prime)+) ?\}?")
+_RAISED = re.compile(r"\^ ?(?:\{ ?((?:\\circ|\\prime)+) ?\}|((?:\\circ|\\prime)+))")
 _TIMES_TEN = re.compile(r"(?<=\d) ?[xX] ?10 ?\^")
 _MOD = re.compile(r"\(\\?mod (\w+)\)")
 _UNIT_RATIO = re.compile(r"(?<=[\d})] )(k?[mg]|J|N) ?/ ?(k?[mgsh](?:\^2|\^\{2\})?)$")  # 5 m/s
@@ -71,13 +71,11 @@ def normalise(text: str) -> str:
     if text.startswith(("**", "`")):  # Markdown
         text = text.strip("*`")
     text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
-    text = _MOD.sub(r"\\pmod{\1}", _RAISED.sub(r"\1 ", _MIXED.sub(_mixed, text)))
+    text = _MOD.sub(r"\\pmod{\1}", _RAISED.sub(r"\1\2 ", _MIXED.sub(_mixed, text)))
     text = text.replace("\\$", "\\dollar ").replace("**", "^").replace("...", "\\ldots ")
     text = text.replace("\\prime", "'")
     if text.count("$") == 1 and _MONEY.match(text):
         text = text.replace("$", "\\dollar ")
-    if text[:1] == "{" and text[-1:] == "}" and "\\" not in text:  # a set in plain text
-        text = f"\\{{{text[1:-1]}\\}}"
     return _UNIT_RATIO.sub(r"\\text{\1/\2}", text.replace("$", " ").rstrip(" ."))
 
 
@@ -107,14 +105,14 @@ _TOKEN = re.compile(
     r"(?P<grouped>(?<![\d.])(?<!\d,)\d{1,3}(?:(?:,\d{3})+(?!\d|,\d)|(?: \d{3})+(?![\d./]| [\d/]))"
     r"(?:\.\d+)?)"
     r"|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,6}(?!\w|\.\d))?)"
-    r"|(?P<command>\\(?:[a-zA-Z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>[<>!]=|\S)"
+    r"|(?P<command>\\(?:(?:left|right)\.|[a-zA-Z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>[<>!]=|\S)"
 )
 _TEXT_COMMANDS = _words(
     "text mathrm textbf mathbf mbox textrm textit mathit mathsf operatorname hbox texttt boldsymbol"
     " textnormal bm"
 )
 _SKIPPED = _words(
-    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle"
+    "left left. right right. big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle"
     " textstyle limits nolimits rm bf it quad qquad thinspace"
 ) | set(",;: !()[]")
 _SYNONYMS = _pairs(
@@ -152,9 +150,7 @@ _FILLER = _words(
 )
 _WHOLE_WORDS = {word for word in _FILLER if len(word) > 1} | {"per", "sq"}
 _SIGN_NAMES = {"<=": "\\le", ">=": "\\ge", "!=": "\\ne", "%": "\\%"}
-
-
-UNIT_CARRIERS = (")", "}", "\\pi")  # may stand right before a unit, as numbers may
+_UNIT_CARRIERS = (")", "}", "\\pi")  # may stand right before a unit, as numbers may
 
 
 def tokenise(text: str, in_text: bool = False) -> list[Token]:
@@ -171,9 +167,8 @@ def tokenise(text: str, in_text: bool = False) -> list[Token]:
             kind, value = "number", value.replace(",", "").replace(" ", "")
         if kind == "word":
             value = "inch" if value == "in" and position == len(text) else value
-            can_be_unit = tokens and (
-                tokens[-1][0] in ("number", "text") or tokens[-1][1] in UNIT_CARRIERS
-            )
+            before = tokens[-1] if tokens else ("", "")
+            can_be_unit = before[0] in ("number", "text") or before[1] in _UNIT_CARRIERS
             tokens += _word_tokens(value, in_text, can_be_unit)
             continue
         if kind == "command":
@@ -183,10 +178,6 @@ def tokenise(text: str, in_text: bool = False) -> list[Token]:
                 tokens += _text_tokens(inner)
                 continue
             if name in _SKIPPED:
-                is_empty_bracket = (
-                    name in ("left", "right") and text[position : position + 1] == "."
-                )
-                position += is_empty_bracket
                 continue
             kind, value = "function" if name in FUNCTIONS else "sign", name
             if name in ("begin", "end"):

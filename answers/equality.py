@@ -416,7 +416,10 @@ class _Comparison:
         is_plain = not contains((gold[1], answer[1]), sides)
         if not is_plain or not variables(gold) or variables(gold) != variables(answer):
             return self.all_same(gold[1], answer[1])
-        return self.proportional(_difference(gold), _difference(answer))
+        try:
+            return self.proportional(_difference(gold), _difference(answer))
+        except TooHard:
+            return False
 
     def same_region(self, gold: tuple, answer: tuple) -> bool:
         """The same pieces of the real line, or inequalities equal up to a positive factor."""

@@ -32,6 +32,7 @@ from answers.evaluation import (
     TooHard,
     Undefined,
     contains,
+    real,
     variables,
 )  # fmt: skip
 from answers.extract import extract_boxed
@@ -573,7 +574,7 @@ class _Comparison:
             except Undefined:
                 continue
             if g != 0 and a != 0:
-                is_positive = not SMALL.im(_real(g)) and not SMALL.im(_real(a)) and g * a > 0
+                is_positive = not SMALL.im(real(g)) and not SMALL.im(real(a)) and g * a > 0
                 scaled = ("mul", (gold, ("num", a, 0))), ("mul", (answer, ("num", g, 0)))
                 return (is_positive or not positive) and self.agree_everywhere(*scaled, names)
         return False
@@ -595,17 +596,11 @@ def _positive_side(relation: tuple) -> tuple[str, tuple | None]:
 # ---- numbers ----
 
 
-def _real(value):
-    if isinstance(value, Fraction):
-        return SMALL.mpf(value.numerator) / value.denominator
-    return value
-
-
 def _close(a, b) -> bool:
     """Equal: exactly, or up to rounding."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
-    a, b = _real(a), _real(b)
+    a, b = real(a), real(b)
     return abs(a - b) <= ROUNDING * max(abs(a), abs(b))
 
 
@@ -640,9 +635,9 @@ def _is_rounding(decimal: tuple[Fraction, int] | None, value) -> bool:
         return False
     number, digits = decimal
     size = abs(number)
-    unit = SMALL.mpf(10) ** (math.floor(SMALL.log10(_real(size))) + 1 - min(digits, 15))
-    error = abs(SMALL.re(_real(value))) - _real(size)
-    is_same_sign = (SMALL.re(_real(value)) > 0) == (number > 0)
+    unit = SMALL.mpf(10) ** (math.floor(SMALL.log10(real(size))) + 1 - min(digits, 15))
+    error = abs(SMALL.re(real(value))) - real(size)
+    is_same_sign = (SMALL.re(real(value)) > 0) == (number > 0)
     return is_same_sign and -unit / 2 <= error < unit
 
 

@@ -41,6 +41,16 @@ class Budget:
             raise TooHard("too many steps")
 
 
+def real(value):
+    """A Fraction as a number of SMALL; other values as they are."""
+    is_exact = isinstance(value, Fraction)
+    return SMALL.mpf(value.numerator) / value.denominator if is_exact else value
+
+
+def is_integer(value) -> bool:
+    return isinstance(value, Fraction) and value.denominator == 1
+
+
 def variables(node) -> set[str]:
     """Names of the free variables."""
     if not isinstance(node, tuple):
@@ -54,11 +64,9 @@ def variables(node) -> set[str]:
 
 
 def contains(node, kinds: set[str]) -> bool:
-    return (
-        isinstance(node, tuple)
-        and bool(node)
-        and (node[0] in kinds or any(contains(child, kinds) for child in node))
-    )
+    if not isinstance(node, tuple) or not node:
+        return False
+    return node[0] in kinds or any(contains(child, kinds) for child in node)
 
 
 class Evaluation:
@@ -66,8 +74,6 @@ class Evaluation:
 
     Raises Undefined or TooHard.
     """
-
-    context = SMALL
 
     def __init__(self, budget: Budget, point: dict[str, Fraction], real_only: bool = False):
         self.budget = budget
@@ -82,25 +88,18 @@ class Evaluation:
         value = method(*node[1:])
         if isinstance(value, Fraction):
             return self.bounded(value)
-        if not self.context.isfinite(value):
+        if not SMALL.isfinite(value):
             raise Undefined("not finite")
-        if self.real_only and self.context.im(value):
+        if self.real_only and SMALL.im(value):
             raise Undefined("not real")
         return value
 
-    def real(self, value):
-        return (
-            self.context.mpf(value.numerator) / value.denominator
-            if isinstance(value, Fraction)
-            else value
-        )
-
     def bounded(self, value: Fraction):
         """The fraction, or a real number when it has grown too large to stay exact."""
-        bits = value.numerator.bit_length() + value.denominator.bit_length()
+        bits = _bits(value)
         if bits > 1000:
             self.budget.spend((bits // 1000) ** 2)
-        return self.real(value) if bits > 2 * MAX_BITS else value
+        return real(value) if bits > 2 * MAX_BITS else value
 
     def _num(self, value, digits):
         return value
@@ -113,9 +112,7 @@ class Evaluation:
     def _const(self, name):
         if name == "inf":
             raise Undefined("infinity")
-        return {"pi": self.context.pi, "e": self.context.e, "i": self.context.j}[
-            name
-        ] * self.context.one
+        return {"pi": +SMALL.pi, "e": +SMALL.e, "i": SMALL.j}[name]
 
     def _add(self, nodes):
         total = Fraction(0)
@@ -123,7 +120,7 @@ class Evaluation:
             value = self.value(node)
             before, total = total, self.both(total, value, operator.add)
             if not isinstance(total, Fraction):
-                low, high = sorted((abs(self.real(before)), abs(self.real(value))))
+                low, high = sorted((abs(real(before)), abs(real(value))))
                 if 0 < low < high * ROUNDING:
                     raise Undefined("a term is lost beside the others")
         return total
@@ -137,7 +134,7 @@ class Evaluation:
     def both(self, a, b, operation):
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             return self.bounded(operation(a, b))
-        return operation(self.real(a), self.real(b))
+        return operation(real(a), real(b))
 
     def _inv(self, node):
         value = self.value(node)
@@ -153,24 +150,20 @@ class Evaluation:
 
     def _unit(self, node, powers, factor):
         if powers == (("deg", 1),):
-            return self.real(self.value(node)) * self.context.pi / 180
+            return real(self.value(node)) * SMALL.pi / 180
         if powers or factor != 1:
             raise TooHard("a unit within an expression")
         return self.value(node)
 
     def _pow(self, base, exponent):
         b, e = self.value(base), self.value(exponent)
-        if isinstance(e, Fraction) and e.denominator == 1:
+        if is_integer(e):
             if abs(e) > MAX_EXPONENT:
                 raise TooHard("exponent too large")
             if b == 0 and e < 0:
                 raise Undefined("division by zero")
-            if (
-                isinstance(b, Fraction)
-                and (b.numerator.bit_length() + b.denominator.bit_length()) * abs(e) <= MAX_BITS
-            ):
-                return b ** int(e)
-            return self.real(b) ** int(e)
+            is_small = isinstance(b, Fraction) and _bits(b) * abs(e) <= MAX_BITS
+            return (b if is_small else real(b)) ** int(e)
         if isinstance(e, Fraction):
             return self.rational_power(b, e)
         return self.general_power(b, e)
@@ -181,25 +174,22 @@ class Evaluation:
             if e < 0:
                 raise Undefined("division by zero")
             return Fraction(0)
-        is_real = isinstance(b, Fraction) or not self.context.im(b)
+        is_real = isinstance(b, Fraction) or not SMALL.im(b)
         if is_real and b < 0 and e.denominator % 2:
             return self.rational_power(-b, e) * (-1) ** (e.numerator % 2)
         if isinstance(b, Fraction) and b > 0 and e.denominator <= 64 and abs(e.numerator) <= 64:
-            top, bottom = (
-                _exact_root(b.numerator, e.denominator),
-                _exact_root(b.denominator, e.denominator),
-            )
+            top, bottom = (_exact_root(n, e.denominator) for n in b.as_integer_ratio())
             if top and bottom and top.bit_length() * abs(e.numerator) <= MAX_BITS:
                 return Fraction(top, bottom) ** e.numerator
-        return self.general_power(b, self.real(e))
+        return self.general_power(b, real(e))
 
     def general_power(self, b, e):
-        b, e = self.real(b), self.real(e)
+        b, e = real(b), real(e)
         if b == 0:
             raise Undefined("0 to a non-integer power")
-        log = self.context.log(b)
+        log = SMALL.log(b)
         self.small(e * log, MAX_EXPONENT)
-        return self.context.exp(e * log)
+        return SMALL.exp(e * log)
 
     def small(self, value, limit=10**15):
         if abs(value) > limit:
@@ -217,9 +207,9 @@ class Evaluation:
                 raise TooHard(f"{name} of {len(values)} arguments") from None
         if name not in _ANALYTIC or len(values) != 1:
             raise TooHard(f"{name} of {len(values)} arguments")
-        x = self.small(self.real(values[0]))
+        x = self.small(real(values[0]))
         try:
-            return getattr(self.context, name)(x)
+            return getattr(SMALL, name)(x)
         except (ValueError, ZeroDivisionError, OverflowError):
             raise Undefined(name) from None
 
@@ -227,11 +217,11 @@ class Evaluation:
         if not isinstance(n, Fraction) or n == 0:
             raise TooHard("root")
         if isinstance(x, Fraction) and x < 0 and n == 2:
-            return self.context.j * self.real(self.rational_power(-x, 1 / n))
+            return SMALL.j * real(self.rational_power(-x, 1 / n))
         return self.rational_power(x, 1 / n)
 
     def fn_exp(self, x):
-        return self.general_power(self.context.e * 1, x)
+        return self.general_power(+SMALL.e, x)
 
     def fn_ln(self, x):
         return self.fn_log(x)
@@ -239,8 +229,8 @@ class Evaluation:
     def fn_log(self, x, base=None):
         if x == 0 or base is not None and (base == 0 or base == 1):
             raise Undefined("log")
-        log = self.context.log(self.real(x))
-        return log if base is None else log / self.context.log(self.real(base))
+        log = SMALL.log(real(x))
+        return log if base is None else log / SMALL.log(real(base))
 
     def fn_abs(self, x):
         return abs(x)
@@ -254,29 +244,23 @@ class Evaluation:
     def as_real(self, x):
         if isinstance(x, Fraction):
             return x
-        if self.context.im(x):
+        if SMALL.im(x):
             raise Undefined("not real")
-        x = self.context.re(x)
-        nearest = self.context.nint(x)
-        return nearest if abs(x - nearest) < self.context.mpf(10) ** (10 - self.context.dps) else x
+        x = SMALL.re(x)
+        nearest = SMALL.nint(x)
+        return nearest if abs(x - nearest) < SMALL.mpf(10) ** (10 - SMALL.dps) else x
 
     def fn_factorial(self, n):
-        if isinstance(n, Fraction) and n.denominator == 1:
-            if n < 0:
-                raise Undefined("factorial of a negative number")
-            if n <= MAX_FACTORIAL:
-                return Fraction(math.factorial(int(n)))
-        return self.context.gamma(self.small(self.real(n), 10**6) + 1)
+        if is_integer(n) and n < 0:
+            raise Undefined("factorial of a negative number")
+        if is_integer(n) and n <= MAX_FACTORIAL:
+            return Fraction(math.factorial(int(n)))
+        return SMALL.gamma(self.small(real(n), 10**6) + 1)
 
     def fn_binom(self, n, k):
-        if (
-            all(isinstance(v, Fraction) and v.denominator == 1 for v in (n, k))
-            and 0 <= n <= MAX_FACTORIAL
-        ):
+        if is_integer(n) and is_integer(k) and 0 <= n <= MAX_FACTORIAL:
             return Fraction(math.comb(int(n), int(k))) if k >= 0 else Fraction(0)
-        return self.context.binomial(
-            self.small(self.real(n), 10**6), self.small(self.real(k), 10**6)
-        )
+        return SMALL.binomial(*(self.small(real(value), 10**6) for value in (n, k)))
 
 
 _ANALYTIC = {
@@ -293,6 +277,10 @@ _ANALYTIC = {
     "cosh",
     "tanh",
 }
+
+
+def _bits(value: Fraction) -> int:
+    return value.numerator.bit_length() + value.denominator.bit_length()
 
 
 def _exact_root(n: int, k: int) -> int:

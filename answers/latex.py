@@ -112,8 +112,8 @@ _TEXT_COMMANDS = _words(
     " textnormal bm"
 )
 _SKIPPED = _words(
-    "left left. right right. big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle"
-    " textstyle limits nolimits rm bf it quad qquad thinspace"
+    "left left. right right. big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr"
+    " displaystyle textstyle limits nolimits rm bf it quad qquad thinspace"
 ) | set(",;: !()[]")
 _SYNONYMS = _pairs(
     "dfrac:frac tfrac:frac cfrac:frac leq:le leqslant:le geq:ge geqslant:ge neq:ne lt:<"

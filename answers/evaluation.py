@@ -148,10 +148,10 @@ class Evaluation:
     def _pct(self, node):
         return self.value(node) / 100
 
-    def _unit(self, node, powers, factor):
+    def _unit(self, node, powers):
         if powers == (("deg", 1),):
             return real(self.value(node)) * SMALL.pi / 180
-        if powers or factor != 1:
+        if powers:
             raise TooHard("a unit within an expression")
         return self.value(node)
 

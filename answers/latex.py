@@ -4,7 +4,7 @@ A node is a tuple, its first entry the kind:
     ("num", Fraction, digits)   digits: significant digits as written with a point, 0 for an integer
     ("var", name)  ("const", "pi" | "e" | "i" | "inf")  ("text", words)
     ("add", nodes) ("mul", nodes) ("inv", x) ("neg", x) ("pm", x) ("mp", x) ("pow", base, exponent)
-    ("pct", x)  ("mod", x, modulus)  ("unit", x, ((base, power), ...), factor)
+    ("pct", x)  ("mod", x, modulus)  ("unit", x, ((name, power), ...))
     ("fn", name, nodes)         sqrt is ("fn", "root", (x, n)), |x| is "abs", n! is "factorial"
     ("series", "sum" | "prod" | "int", variable, low, high, body)
     ("list" | "tuple" | "set" | "ratio" | "union", nodes)  ("minus", set, set)  ("matrix", rows)
@@ -22,7 +22,6 @@ MAX_CHARS = 2000
 MAX_TOKENS = 1000
 MAX_DEPTH = 60  # brackets, exponents and signs within one another
 MAX_DIGITS = 400  # of one number
-MAX_SUMS = 4  # within one another
 
 
 class NotMath(ValueError):
@@ -166,7 +165,6 @@ def tokenise(text: str, in_text: bool = False) -> list[Token]:
         if kind == "grouped":
             kind, value = "number", value.replace(",", "").replace(" ", "")
         if kind == "word":
-            value = "inch" if value == "in" and position == len(text) else value
             before = tokens[-1] if tokens else ("", "")
             can_be_unit = before[0] in ("number", "text") or before[1] in _UNIT_CARRIERS
             tokens += _word_tokens(value, in_text, can_be_unit)
@@ -185,8 +183,6 @@ def tokenise(text: str, in_text: bool = False) -> list[Token]:
                 value = f"\\{name}{{{inner.strip('*')}}}"
             elif kind == "sign" and (name[:1].isalpha() or name in "{}\\%"):
                 value = "\\" + name
-        elif value == "!=" and tokens and tokens[-1][0] == "number":  # 4!=24
-            value, position = "!", position - 1
         value = _SIGN_NAMES.get(value, value)
         depth += (value in ("(", "[", "\\{")) - (value in (")", "]", "\\}"))
         tokens.append((kind, value))
@@ -226,9 +222,6 @@ def _word_tokens(word: str, in_text: bool, can_be_unit: bool = False) -> list[To
         return [("function", _SYNONYMS.get(word, word))]
     if word in _WORD_SIGNS:
         return [("sign", _WORD_SIGNS[word])]
-    head = 2 if word[:2] == "ln" else 3
-    if word[:head] in ("sin", "cos", "tan", "log", "ln") and head < len(word) < head + 3:  # sinx
-        return [("function", word[:head]), *_word_tokens(word[head:], in_text)]
     is_unit = can_be_unit and word in UNITS and len(word) > 1
     if in_text or len(word) > 3 or is_unit or word.lower() in _WHOLE_WORDS:
         return [("text", word)]
@@ -375,15 +368,13 @@ class _Parser:
             if self.accept("*", "\\cdot", "\\times"):
                 factors.append(self.factor())
             elif self.accept("/"):
-                if self.kind() == "text":  # 3 / can
-                    return ("unit", product(factors), *self.unit(sign=-1))
                 factors.append(("inv", self.factor()))
             elif self.kind() == "text" and factors[0][0] == "num" and self.peek() in _SCALES:
                 factors.append(integer(_SCALES[self.take()]))
             elif self.kind() == "text" or self.starts_letter_unit(factors):
-                return ("unit", product(factors), *self.unit())
+                return ("unit", product(factors), self.unit())
             elif self.kind() == "sign" and self.peek() in _CURRENCIES and self.kind(1) != "number":
-                return ("unit", product(factors), ((_CURRENCIES[self.take()], 1),), Fraction(1))
+                return ("unit", product(factors), ((_CURRENCIES[self.take()], 1),))
             elif self.starts_factor():
                 factors.append(self.power())
             else:
@@ -428,7 +419,7 @@ class _Parser:
             elif self.accept("\\circ"):
                 is_temperature = self.peek() in ("C", "F") and self.kind() != "sign"
                 name = "deg" + self.take() if is_temperature else "deg"
-                node = ("unit", node, ((name, 1),), Fraction(1))
+                node = ("unit", node, ((name, 1),))
             elif self.accept("^"):
                 node = ("pow", node, self.exponent())
             else:
@@ -618,7 +609,7 @@ class _Parser:
         if name in ("pi", "infty"):
             return ("const", "pi" if name == "pi" else "inf")
         if value in _CURRENCIES:
-            return ("unit", self.factor(), ((_CURRENCIES[value], 1),), Fraction(1))
+            return ("unit", self.factor(), ((_CURRENCIES[value], 1),))
         if name == "emptyset":
             return ("set", ())
         if name == "mathbb":
@@ -657,8 +648,6 @@ class _Parser:
         if variable[0] != "var" and variable != ("const", "i"):
             raise NotMath("a sum needs its index")
         self.bound += (variable[1],)
-        if len(self.bound) > MAX_SUMS:
-            raise NotMath(f"more than {MAX_SUMS} sums within one another")
         body = self.term()
         self.bound = self.bound[:-1]
         return ("series", name, variable[1], low, high, body)
@@ -679,11 +668,10 @@ class _Parser:
             raise NotMath("the rows of a matrix must be of one length")
         return ("matrix", tuple(map(tuple, rows)))
 
-    def unit(self, sign: int = 1) -> tuple[tuple, Fraction]:
-        """The unit behind a value, as powers of base units and the factor to them."""
+    def unit(self) -> tuple[tuple[str, int], ...]:
+        """The unit behind a value, as powers of named units."""
         powers: dict[str, int] = {}
-        factor = Fraction(1)
-        ahead = 1  # the exponent that "square" gives to the word behind it
+        sign = ahead = 1  # the exponent that "square" gives to the word behind it
         while self.kind() in ("text", "letter", "word") or self.at("/", "\\cdot", "*"):
             kind = self.kind()
             word = self.take().lower()
@@ -692,13 +680,10 @@ class _Parser:
             elif word in _UNIT_EXPONENTS:
                 ahead = _UNIT_EXPONENTS[word]
             elif kind != "sign" and word not in _FILLER:
-                bases, one = unit_of(self.peek(-1))
-                power = self.unit_power() * ahead * sign
-                for base, exponent in bases:
-                    powers[base] = powers.get(base, 0) + power * exponent
-                factor *= one**power
+                name = unit_of(self.peek(-1))
+                powers[name] = powers.get(name, 0) + self.unit_power() * ahead * sign
                 ahead = 1
-        return tuple(sorted((base, power) for base, power in powers.items() if power)), factor
+        return tuple(sorted((name, power) for name, power in powers.items() if power))
 
     def unit_power(self) -> int:
         if not self.accept("^"):

@@ -10,11 +10,11 @@ What counts as equal (a false accept is worse than a false reject):
                  ordered; every item of a list counts
     (1, 2)       is a point, but also the open interval when the other side is one
     x = 5        is 5; it is not y = 5; a chain whose parts differ (x = 41 = 42) is nothing
-    equations    equal up to a constant factor; inequalities up to a positive one, or as sets
+    equations    equal up to a constant factor; inequalities of one variable as sets
     matrices     entry by entry; a row, a column and a tuple are the same vector
     letters      x is not X; words are compared without case
     functions    equal wherever both are real: 2 ln x is ln x^2, but |x| is not x
-    1010_2       is the number ten, and not 1010
+    1010_2       and 0.\\overline{3} are equal to themselves only
 """
 
 import math
@@ -205,19 +205,12 @@ def _items(node: tuple) -> list[tuple]:
     return items
 
 
-def _vector(node: tuple) -> tuple:
-    """The entries of a tuple; [1, 2] reads as an interval."""
-    if node[0] == "interval" and node[3] and node[4]:
-        return node[1:3]
-    return node[1] if node[0] == "tuple" else ()
-
-
 def _rows(node: tuple) -> tuple:
-    """The rows of a matrix, or of tuples in a tuple; a tuple of numbers is one row."""
+    """The rows of a matrix; a tuple is one row, and [1, 2], which reads as an interval."""
     if node[0] == "matrix":
         return node[1]
-    rows = tuple(map(_vector, _vector(node)))
-    return rows if rows and all(rows) else (_vector(node),)
+    is_closed = node[0] == "interval" and node[3] and node[4]
+    return (node[1:3] if is_closed else node[1] if node[0] == "tuple" else (node,),)
 
 
 def _difference(relation: tuple) -> tuple:
@@ -411,14 +404,15 @@ class _Comparison:
             return False
 
     def same_region(self, gold: tuple, answer: tuple) -> bool:
-        """The same pieces of the real line, or inequalities equal up to a positive factor."""
+        """The same pieces of the real line, or inequalities side by side."""
         pieces, answer_pieces = self.pieces(gold), self.pieces(answer)
         if pieces and answer_pieces:
             return self.matches(pieces, answer_pieces, self.same_piece)
-        if not _is_inequality(gold) or not _is_inequality(answer):
-            return False
-        (strictness, side), (answer_strictness, answer_side) = map(_positive_side, (gold, answer))
-        return strictness == answer_strictness and self.proportional(side, answer_side, True)
+        return (
+            gold[0] == answer[0] == "rel"
+            and gold[2] == answer[2]
+            and self.all_same(gold[1], answer[1])
+        )
 
     def same_piece(self, gold: tuple, answer: tuple) -> bool:
         (name, piece), (answer_name, answer_piece) = gold, answer
@@ -534,8 +528,8 @@ class _Comparison:
                 return True
         return False
 
-    def proportional(self, gold: tuple, answer: tuple, positive: bool = False) -> bool:
-        """Is gold / answer a non-zero (positive) constant?"""
+    def proportional(self, gold: tuple, answer: tuple) -> bool:
+        """Is gold / answer a non-zero constant?"""
         names = sorted(variables((gold, answer)))
         for point in _points(names, (gold, answer)):
             try:
@@ -543,20 +537,13 @@ class _Comparison:
             except Undefined:
                 continue
             if g != 0 and a != 0:
-                is_positive = not SMALL.im(real(g)) and not SMALL.im(real(a)) and g * a > 0
                 scaled = ("mul", (gold, ("num", a, 0))), ("mul", (answer, ("num", g, 0)))
-                return (is_positive or not positive) and self.agree_everywhere(*scaled, names)
+                return self.agree_everywhere(*scaled, names)
         return False
 
 
 def _point(node: tuple) -> tuple[None, tuple]:
     return None, ("interval", node, node, True, True)
-
-
-def _positive_side(inequality: tuple) -> tuple[str, tuple]:
-    """(strictness, f) such that the inequality says f > 0, f >= 0 or f != 0."""
-    operator, f = inequality[2][0], _difference(inequality)
-    return operator.strip("<>"), ("neg", f) if operator[0] == "<" else f
 
 
 # ---- numbers ----

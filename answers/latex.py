@@ -250,22 +250,22 @@ def parse(text: str) -> tuple:
     """The tree of a whole answer. Raises NotMath."""
     try:
         tokens = tokenise(normalise(text))
-        start, end = 0, len(tokens)
-        while start < end and (
-            tokens[start] in (("sign", "="), ("sign", ":"), ("sign", "\\approx"))
-            or tokens[start][0] == "text"
-            and tokens[start][1].lower() in _FILLER  # about 5
-        ):
-            start += 1
-        while start < end and tokens[end - 1][1] in (".", ",", ";", ":", "\\\\"):
-            end -= 1
-        parser = _Parser(tokens[start:end])
+        while tokens and (tokens[0][1] in ("=", ":", "\\approx") or _is_filler(tokens[0])):
+            del tokens[0]
+        while tokens and tokens[-1][1] in (".", ",", ";", ":", "\\\\"):
+            del tokens[-1]
+        parser = _Parser(tokens)
         node = parser.answer()
     except RecursionError:
         raise NotMath("too deep") from None
     if parser.peek() != "":
         raise NotMath(f"unexpected {parser.peek()!r}")
     return node
+
+
+def _is_filler(token: Token) -> bool:
+    """The "about" of "about 5"."""
+    return token[0] == "text" and token[1].lower() in _FILLER
 
 
 class _Parser:
@@ -320,15 +320,12 @@ class _Parser:
         return items[0] if len(items) == 1 else ("list", tuple(items))
 
     def items(self, *separators: str) -> list[tuple]:
-        items = [self.union()]
+        items = [self.joined_sets(self.relation)]
         while self.accept(*separators):
             while self.accept("\\and", "\\or"):  # "1, 2, and 3"
                 pass
-            items.append(self.union())
+            items.append(self.joined_sets(self.relation))
         return items
-
-    def union(self) -> tuple:
-        return self.joined_sets(self.relation)
 
     def joined_sets(self, part) -> tuple:
         node = part()
@@ -371,7 +368,7 @@ class _Parser:
                 factors.append(("inv", self.factor()))
             elif self.kind() == "text" and factors[0][0] == "num" and self.peek() in _SCALES:
                 factors.append(integer(_SCALES[self.take()]))
-            elif self.kind() == "text" or self.starts_letter_unit(factors):
+            elif self.kind() == "text" or self.kind() == "letter" and self.is_unit(factors[0]):
                 return ("unit", product(factors), self.unit())
             elif self.kind() == "sign" and self.peek() in _CURRENCIES and self.kind(1) != "number":
                 return ("unit", product(factors), ((_CURRENCIES[self.take()], 1),))
@@ -380,9 +377,9 @@ class _Parser:
             else:
                 return product(factors)
 
-    def starts_letter_unit(self, factors: list[tuple]) -> bool:
-        is_letter = self.kind() == "letter" and self.peek() not in ("e", "i")
-        return is_letter and any(map(_is_number, factors))
+    def is_unit(self, first: tuple) -> bool:
+        """Is the letter in \\text{} a unit, behind factors of which this is the first?"""
+        return self.peek() not in ("e", "i") and first[0] in ("num", "neg", "pct", "unit")
 
     def starts_factor(self) -> bool:
         if self.kind() == "number":  # 2^{3} 5^{2}, x3; not (2)1
@@ -465,10 +462,8 @@ class _Parser:
         mantissa, _, exponent = value.lower().partition("e")
         if len(value) > MAX_DIGITS or exponent and abs(int(exponent)) > MAX_DIGITS:
             raise NotMath(f"a number of more than {MAX_DIGITS} digits")
-        if self.at("_"):
-            return self.based(value)
-        if self.at("\\overline") and "." in mantissa:
-            return self.repeating(mantissa)
+        if self.at("_", "\\overline"):  # 1010_2 and 0.\overline{3} equal themselves only
+            return ("text", f"{value} {self.take()} {self.subscript()}")
         is_decimal = "." in mantissa.rstrip(".") or bool(exponent)
         if self.kind() == "number":
             raise NotMath("two numbers side by side")
@@ -478,24 +473,6 @@ class _Parser:
             Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0),
             digits,
         )
-
-    def based(self, digits: str) -> tuple:
-        """1010_2: a number in another base."""
-        self.expect("_")
-        name = self.subscript()
-        base = int(name) if name.isdecimal() and len(name) < 3 else 0
-        if not 2 <= base <= 10 or not digits.isdigit() or any(int(d) >= base for d in digits):
-            raise NotMath(f"not a number in base {base}")
-        return integer(int(digits, base))
-
-    def repeating(self, start: str) -> tuple:
-        """0.1\\overline{6}"""
-        self.expect("\\overline")
-        period = self.subscript()
-        if not period.isdecimal() or len(period) > MAX_DIGITS:
-            raise NotMath("a repeating part must be digits")
-        nines = (10 ** len(period) - 1) * 10 ** len(start.partition(".")[2])
-        return ("num", Fraction(start.rstrip(".")) + Fraction(int(period), nines), 0)
 
     def variable(self, name: str) -> tuple:
         if name in ("e", "i") and not self.at("_") and name not in self.bound:
@@ -701,8 +678,3 @@ def product(factors: list[tuple]) -> tuple:
     if factors[0][0] == "neg":  # -2x is -(2x)
         return ("neg", ("mul", (factors[0][1], *factors[1:])))
     return ("mul", tuple(factors))
-
-
-def _is_number(factor: tuple) -> bool:
-    kind = factor[0]
-    return kind in ("num", "pct", "unit") or kind in ("inv", "neg") and factor[1][0] == "num"

@@ -220,14 +220,10 @@ def _difference(relation: tuple) -> tuple:
 
 def _quantity(node: tuple) -> tuple[tuple, tuple]:
     """(value, unit)"""
-    if node[0] == "neg" and node[1][0] == "unit":
-        return ("neg", node[1][1]), node[1][2]
     return node[1:] if node[0] == "unit" else (node, ())
 
 
 def _percent(node: tuple) -> tuple | None:
-    if node[0] == "neg" and node[1][0] == "pct":
-        return ("neg", node[1][1])
     return node[1] if node[0] == "pct" else None
 
 

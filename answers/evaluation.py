@@ -112,7 +112,9 @@ class Evaluation:
     def _const(self, name):
         if name == "inf":
             raise Undefined("infinity")
-        return {"pi": +SMALL.pi, "e": +SMALL.e, "i": SMALL.j}[name]
+        if name not in _CONSTANTS:
+            raise TooHard(f"{name} has no value")
+        return _CONSTANTS[name]
 
     def _add(self, nodes):
         total = Fraction(0)
@@ -263,6 +265,7 @@ class Evaluation:
         return SMALL.binomial(*(self.small(real(value), 10**6) for value in (n, k)))
 
 
+_CONSTANTS = {"pi": +SMALL.pi, "e": +SMALL.e, "i": SMALL.j}
 _ANALYTIC = {
     "sin",
     "cos",

@@ -2,7 +2,7 @@
 
 A node is a tuple, its first entry the kind:
     ("num", Fraction, digits)   digits: significant digits as written with a point, 0 for an integer
-    ("var", name)  ("const", "pi" | "e" | "i" | "inf")  ("text", words)
+    ("var", name)  ("const", "pi" | "e" | "i" | "inf" | other)  ("text", words)
     ("add", nodes) ("mul", nodes) ("inv", x) ("neg", x) ("pm", x) ("mp", x) ("pow", base, exponent)
     ("pct", x)  ("mod", x, modulus)  ("unit", x, ((name, power), ...))
     ("fn", name, nodes)         sqrt is ("fn", "root", (x, n)), |x| is "abs", n! is "factorial"
@@ -402,6 +402,8 @@ class _Parser:
         while self.at("+", "-"):
             negative ^= self.take() == "-"
         node = self.power()
+        if negative and node[0] in ("unit", "pct"):
+            return (node[0], ("neg", node[1]), *node[2:])
         return ("neg", node) if negative else node
 
     def power(self) -> tuple:
@@ -463,7 +465,7 @@ class _Parser:
         if len(value) > MAX_DIGITS or exponent and abs(int(exponent)) > MAX_DIGITS:
             raise NotMath(f"a number of more than {MAX_DIGITS} digits")
         if self.at("_", "\\overline"):  # 1010_2 and 0.\overline{3} equal themselves only
-            return ("text", f"{value} {self.take()} {self.subscript()}")
+            return ("const", f"{value} {self.take()} {self.subscript()}")
         is_decimal = "." in mantissa.rstrip(".") or bool(exponent)
         if self.kind() == "number":
             raise NotMath("two numbers side by side")

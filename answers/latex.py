@@ -43,7 +43,7 @@ _SIGNS = {
     entry[0]: entry[1:] + " " if "\\" in entry else entry[1:]
     for entry in _words(
         r"""−- –- —- ‐- ×\times ✕\times ⋅\cdot ·\cdot ∙\cdot ÷/ ∕/ ⁄/ π\pi ∞\infty √\sqrt
-        ∛\sqrt[3] ≤\le ≥\ge ⩽\le ⩾\ge ≠\ne ≈\approx ≡\equiv ∪\cup ∈\in ∅\emptyset ±\pm ∓\mp
+        ∛\sqrt[3] ≤<= ≥>= ⩽<= ⩾>= ≠!= ≈\approx ≡\equiv ∪\cup ∈\in ∅\emptyset ±\pm ∓\mp
         °\circ θ\theta α\alpha β\beta γ\gamma λ\lambda μ\mu σ\sigma ω\omega φ\phi
         ⟨\langle ⟩\rangle ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ′' ’' “" ”" €\euro £\pound"""
     )
@@ -115,10 +115,10 @@ _SKIPPED = _words(
     " displaystyle textstyle limits nolimits rm bf it quad qquad thinspace"
 ) | set(",;: !()[]")
 _SYNONYMS = _pairs(
-    "dfrac:frac tfrac:frac cfrac:frac leq:le leqslant:le geq:ge geqslant:ge neq:ne lt:<"
-    " gt:> to:rightarrow ast:cdot div:/ varnothing:emptyset dots:ldots cdots:ldots lbrace:{"
-    " rbrace:} lvert:| rvert:| vert:| mid:| land:and lor:or setminus:backslash simeq:approx"
-    " lbrack:[ rbrack:] implies:rightarrow Rightarrow:rightarrow degree:circ deg:circ"
+    "dfrac:frac tfrac:frac cfrac:frac le:<= leq:<= leqslant:<= ge:>= geq:>= geqslant:>= ne:!="
+    " neq:!= lt:< gt:> approx:~ simeq:~ to:rightarrow ast:cdot div:/ varnothing:emptyset"
+    " dots:ldots cdots:ldots lbrace:{ rbrace:} lvert:| rvert:| vert:| mid:| land:and lor:or"
+    " setminus:backslash lbrack:[ rbrack:] implies:rightarrow Rightarrow:rightarrow degree:circ deg:circ"
     " overrightarrow:vec varphi:phi varepsilon:epsilon arccos:acos arcsin:asin arctan:atan"
     " dbinom:binom tbinom:binom equiv:="
 )
@@ -148,7 +148,6 @@ _FILLER = _words(
     " high away each of in all altogether"
 )
 _WHOLE_WORDS = {word for word in _FILLER if len(word) > 1} | {"per", "sq"}
-_SIGN_NAMES = {"<=": "\\le", ">=": "\\ge", "!=": "\\ne", "%": "\\%"}
 _UNIT_CARRIERS = (")", "}", "\\pi")  # may stand right before a unit, as numbers may
 
 
@@ -183,7 +182,7 @@ def tokenise(text: str, in_text: bool = False) -> list[Token]:
                 value = f"\\{name}{{{inner.strip('*')}}}"
             elif kind == "sign" and (name[:1].isalpha() or name in "{}\\%"):
                 value = "\\" + name
-        value = _SIGN_NAMES.get(value, value)
+        value = "\\%" if value == "%" else value
         depth += (value in ("(", "[", "\\{")) - (value in (")", "]", "\\}"))
         tokens.append((kind, value))
     if len(tokens) > MAX_TOKENS:
@@ -230,7 +229,7 @@ def _word_tokens(word: str, in_text: bool, can_be_unit: bool = False) -> list[To
 
 # ---- the parser ----
 
-_RELATIONS = _pairs(r"=:= <:< >:> \le:<= \ge:>= \ne:!= \approx:~ \in:in \rightarrow:->")
+_RELATIONS = _words(r"= < > <= >= != ~ \in \rightarrow")
 _CURRENCIES = {"\\dollar": "dollar", "\\euro": "euro", "\\pound": "sterling"}
 _MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"}
 _CLOSERS = {
@@ -250,7 +249,7 @@ def parse(text: str) -> tuple:
     """The tree of a whole answer. Raises NotMath."""
     try:
         tokens = tokenise(normalise(text))
-        while tokens and (tokens[0][1] in ("=", ":", "\\approx") or _is_filler(tokens[0])):
+        while tokens and (tokens[0][1] in ("=", ":", "~") or _is_filler(tokens[0])):
             del tokens[0]
         while tokens and tokens[-1][1] in (".", ",", ";", ":", "\\\\"):
             del tokens[-1]
@@ -339,7 +338,7 @@ class _Parser:
     def relation(self) -> tuple:
         nodes, operators = [self.sum()], []
         while self.kind() == "sign" and self.peek() in _RELATIONS:
-            operators.append(_RELATIONS[self.take()])
+            operators.append(self.take().strip("\\"))
             is_set = operators[-1] in ("=", "in")
             nodes.append(self.joined_sets(self.sum) if is_set else self.sum())
         while self.depth == 0 and not operators and self.accept(":"):

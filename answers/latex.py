@@ -118,9 +118,9 @@ _SYNONYMS = _pairs(
     "dfrac:frac tfrac:frac cfrac:frac le:<= leq:<= leqslant:<= ge:>= geq:>= geqslant:>= ne:!="
     " neq:!= lt:< gt:> approx:~ simeq:~ to:rightarrow ast:cdot div:/ varnothing:emptyset"
     " dots:ldots cdots:ldots lbrace:{ rbrace:} lvert:| rvert:| vert:| mid:| land:and lor:or"
-    " setminus:backslash lbrack:[ rbrack:] implies:rightarrow Rightarrow:rightarrow degree:circ deg:circ"
-    " overrightarrow:vec varphi:phi varepsilon:epsilon arccos:acos arcsin:asin arctan:atan"
-    " dbinom:binom tbinom:binom equiv:="
+    " setminus:backslash lbrack:[ rbrack:] implies:rightarrow Rightarrow:rightarrow"
+    " degree:circ deg:circ overrightarrow:vec varphi:phi varepsilon:epsilon arccos:acos"
+    " arcsin:asin arctan:atan dbinom:binom tbinom:binom equiv:="
 )
 FUNCTIONS = _words(
     "sin cos tan cot sec csc asin acos atan arcsin arccos arctan sinh cosh tanh log ln lg exp gcd"

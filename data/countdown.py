@@ -14,21 +14,17 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from answers.extract import extract_boxed, extract_tagged
+from config import UserError
 
 MAX_VALUE = 99  # of targets and intermediate results: every number up to it is one token
 OPERATORS = ("+", "-", "*")
-BUCKETS = {
-    "heldout": (0, 1),
-    "search": (2, 3),
-    "train": (4, 5, 6),
-    "demonstrations": (7, 8, 9),
-}  # tenths of all sets of numbers
-MAX_MISSES = (
-    5_000  # random derivations in a row without a new game, after which a split counts as exhausted
-)
+# tenths of all sets of numbers
+BUCKETS = {"heldout": (0, 1), "search": (2, 3), "train": (4, 5, 6), "demonstrations": (7, 8, 9)}
+MAX_MISSES = 5_000  # derivations in a row without a new game: the split is exhausted
 
-# What makes the embedded base policy like an LLM before RL. It first learns the skills, then a habit on top of them: (ours)
-# share of demonstrations whose target is another game's, share of derivations that combine the first two numbers first
+# What makes the embedded base policy like an LLM before RL (ours): it learns the skills, then a
+# habit. Share of demonstrations whose target is another game's, share of derivations that combine
+# the first two numbers first.
 STAGES = {"skills": (0.3, 0.0), "habit": (1.0, 0.9)}
 
 Game = tuple[tuple[int, ...], int]  # numbers, target
@@ -39,7 +35,7 @@ def question(numbers: tuple[int, ...], target: int) -> str:
 
 
 def split_of(numbers: tuple[int, ...]) -> str:
-    """The split a set of numbers belongs to, whatever their order: a hash, so that it is the same for every seed and size."""
+    """The split a set of numbers belongs to, by a hash: the same for every order, seed and size."""
     digest = hashlib.sha256(",".join(map(str, sorted(numbers))).encode()).digest()
     bucket = int.from_bytes(digest[:8], "big") % 10
     return next(split for split, buckets in BUCKETS.items() if bucket in buckets)
@@ -48,8 +44,9 @@ def split_of(numbers: tuple[int, ...]) -> str:
 def random_derivation(
     numbers: tuple[int, ...], rng: np.random.Generator, in_order: bool = False
 ) -> tuple[str, int] | None:
-    """Combine two random numbers of the board (in_order: its first two) until one is left; returns (steps, value), or None when a result
-    leaves 0..MAX_VALUE."""
+    """Combine two random numbers of the board (in_order: its first two) until one is left.
+
+    Returns (steps, value), or None when a result leaves 0..MAX_VALUE."""
     board, steps = list(numbers), []
     while len(board) > 1:
         pair = [board.pop(0 if in_order else int(rng.integers(len(board)))) for _ in range(2)]
@@ -80,21 +77,24 @@ def _derivations(
 def generate_games(
     split: str, *, size: int, seed: int, num_numbers: int, max_number: int
 ) -> list[Game]:
-    """size different solvable games of a split, drawn by seed. Games that plain addition solves are left out: they need no search.
+    """size different solvable games of a split, drawn by seed.
 
-    Raises ValueError when the split holds too few.
+    Games that plain addition solves are left out: they need no search. Raises UserError for an
+    unknown split or an impossible size, and when the split holds too few games.
     """
     if split not in BUCKETS:
-        raise ValueError(
+        raise UserError(
             f"data source 'countdown:{split}': unknown split; expected one of {', '.join(BUCKETS)}"
         )
     if size < 1:
-        raise ValueError(
-            f"data source 'countdown:{split}': its problems are generated, so their number must be given (got {size})"
+        raise UserError(
+            f"data source 'countdown:{split}': its problems are generated, "
+            f"so their number must be given (got {size})"
         )
     if not (2 <= num_numbers <= 8 and 1 <= max_number <= MAX_VALUE):
-        raise ValueError(
-            f"countdown: {num_numbers} numbers up to {max_number}: expected 2..8 numbers up to at most {MAX_VALUE}"
+        raise UserError(
+            f"countdown: {num_numbers} numbers up to {max_number}: "
+            f"expected 2..8 numbers up to at most {MAX_VALUE}"
         )
     games: dict[tuple, Game] = {}
     misses = 0
@@ -104,7 +104,7 @@ def generate_games(
             misses += 1
             if misses > MAX_MISSES:
                 found = f"only {len(games)} games of {num_numbers} numbers up to {max_number} found"
-                raise ValueError(f"countdown:{split}: {found}, {size} wanted")
+                raise UserError(f"countdown:{split}: {found}, {size} wanted")
             continue
         games[key] = (numbers, target)
         misses = 0
@@ -115,11 +115,14 @@ def generate_games(
 def generate_demonstrations(
     stage: str, *, size: int, seed: int, num_numbers: int, max_number: int
 ) -> list[tuple[tuple[int, ...], int, str]]:
-    """size (numbers, target, steps) of a stage of STAGES. The arithmetic is right; a share of the targets is swapped among the games."""
+    """size (numbers, target, steps) of a stage of STAGES.
+
+    The arithmetic is right; a share of the targets is swapped among the games. Raises UserError
+    for an unknown stage.
+    """
     if stage not in STAGES:
-        raise ValueError(
-            f"demonstrations 'countdown:{stage}': expected countdown:{' or countdown:'.join(STAGES)}"
-        )
+        stages = " or countdown:".join(STAGES)
+        raise UserError(f"demonstrations 'countdown:{stage}': expected countdown:{stages}")
     wrong_target_share, in_order_share = STAGES[stage]
     source = _derivations("demonstrations", seed, num_numbers, max_number, in_order_share)
     demos = [next(source) for _ in range(size)]
@@ -135,21 +138,7 @@ def generate_demonstrations(
 
 def build_tokenizer() -> Tokenizer:
     """One token for each number 0..MAX_VALUE, sign and word of the game."""
-    words = [
-        "<eos>",
-        "make",
-        "from",
-        ":",
-        ",",
-        "=",
-        "+",
-        "-",
-        "*",
-        "/",
-        "(",
-        ")",
-        *map(str, range(MAX_VALUE + 1)),
-    ]
+    words = ["<eos>", "make", "from", *":,=+-*/()", *map(str, range(MAX_VALUE + 1))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.add_special_tokens(["<eos>"])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -169,7 +158,7 @@ _INLINE_MATH = re.compile(r"\\\(([^$\n]*?)\\\)|\$([^$\n]+)\$")
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|\\[dt]?frac|\n|[^ \t\r]")
 _SIGNS = str.maketrans("×✕⋅·∙÷−–xX{}[]", "*****/--**()()")
 _LATEX = re.compile(r"\\(?:left|right|displaystyle|[()\[\],;:!]|text\s*\{\s*\})|\\(?=[{}])")
-_OPERATORS = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\\\", "\n"))
+_COMMANDS = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\\\", "\n"))
 
 
 def judge(response: str, numbers: Sequence[int], target: int | Fraction) -> tuple[str, str | None]:
@@ -222,7 +211,7 @@ def _judged(text: str, numbers: Sequence[int], target: int | Fraction) -> tuple[
 
 def _tokens(text: str) -> list[str]:
     if "\\" in text:
-        for latex, sign in _OPERATORS:
+        for latex, sign in _COMMANDS:
             text = text.replace(latex, sign)
         text = _LATEX.sub(" ", text)
     if not text.isascii() or not text[-1].isdigit():
@@ -320,8 +309,5 @@ class _Derivation:
         if other == 0:
             self.valid = False
             return 0
-        return (
-            Fraction(value) / other
-            if isinstance(value, Fraction) or isinstance(other, Fraction) or value % other
-            else value // other
-        )
+        is_whole = isinstance(value, int) and isinstance(other, int) and value % other == 0
+        return value // other if is_whole else Fraction(value) / other

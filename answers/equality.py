@@ -34,7 +34,7 @@ from answers.evaluation import (
     contains,
     real,
     variables,
-)  # fmt: skip
+)
 from answers.extract import extract_boxed
 from answers.latex import FUNCTIONS, GREEK_WORDS, MAX_CHARS, NotMath, parse
 
@@ -369,7 +369,7 @@ class _Comparison:
         if values[0] not in ("list", "tuple") or contains(values, {"rel"}):
             return False
         if values[0] == "tuple":
-            equations = sorted(equations, key=lambda equation: equation[1][0][1:])
+            equations = sorted(equations, key=lambda equation: str(equation[1][0]))
         return self.all_same([equation[1][1] for equation in equations], values[1])
 
     # collections

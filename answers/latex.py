@@ -51,12 +51,13 @@ _SIGNS = {
 _SMALL = {"^": "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "_": "₀₁₂₃₄₅₆₇₈₉"}
 _THOUSANDS = re.compile(r"(?<=\d) ?(?:\\[,!; ]|\{ ?, ?\}|, ?\\!) ?(?=\d{3}(?!\d))")
 _MIXED = re.compile(
-    r"(?<![\w.^_}])(\d+) ?(?:\\[dtc]?frac ?\{?(\d+)\}? ?\{?(\d+)\}?|(?<= )(\d+)/(\d+))"
+    r"(?<![\w.^_}])(\d+) ?"
+    r"(?:\\[dtc]?frac ?(?:\{(\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))|(?<= )(\d+)/(\d+))"
 )
 _RAISED = re.compile(r"\^ ?(?:\{ ?((?:\\circ|\\prime)+) ?\}|((?:\\circ|\\prime)+))")
 _TIMES_TEN = re.compile(r"(?<=\d) ?[xX] ?10 ?\^")
 _MOD = re.compile(r"\(\\?mod (\w+)\)")
-_UNIT_RATIO = re.compile(r"(?<=[\d})] )(k?[mg]|J|N) ?/ ?(k?[mgsh](?:\^2|\^\{2\})?)$")  # 5 m/s
+_UNIT_RATIO = re.compile(r"(?<=[\d})] )(k?[mg]|J|N) ?/ ?(k?[mgsh](?:\^2|\^\{2\})?)[ ,;]*$")  # 5 m/s
 _MONEY = re.compile(r"-?\$ ?-?[\d.]")
 
 
@@ -164,6 +165,7 @@ def tokenise(text: str, in_text: bool = False) -> list[Token]:
         if kind == "grouped":
             kind, value = "number", value.replace(",", "").replace(" ", "")
         if kind == "word":
+            value = "inch" if value == "in" and position == len(text) else value
             before = tokens[-1] if tokens else ("", "")
             can_be_unit = before[0] in ("number", "text") or before[1] in _UNIT_CARRIERS
             tokens += _word_tokens(value, in_text, can_be_unit)

@@ -58,7 +58,8 @@ def value(text: str, **point):
     ],
 )
 def test_value_exact(text, expected):
-    """Would get precedence, implicit multiplication, a malformed command or an exact value wrong; floats would show in the type."""
+    """Would get precedence, implicit multiplication, a malformed command or an exact value wrong;
+    floats would show in the type."""
     result = value(text, x=2)
     assert isinstance(result, Fraction) and result == expected
 
@@ -85,10 +86,34 @@ def test_value_real(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "(", ")", "(1", "1)", "[1)2", "\\frac{1}", "\\frac{1}{", "1 +", "* 2", "1 2", "x^", "x_", "\\unknown{3}", "\\sum k",
-     "\\int x", "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}", "()", "[1)", "[1,2,3)", "\\frac{1}{2}1", "\\lfloor 3,7 \\rfloor", "a ? b", "\x00",
-         "__import__('os')"],
-)  # fmt: skip
+    [
+        "",
+        "(",
+        ")",
+        "(1",
+        "1)",
+        "[1)2",
+        "\\frac{1}",
+        "\\frac{1}{",
+        "1 +",
+        "* 2",
+        "1 2",
+        "x^",
+        "x_",
+        "\\unknown{3}",
+        "\\sum k",
+        "\\int x",
+        "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}",
+        "()",
+        "[1)",
+        "[1,2,3)",
+        "\\frac{1}{2}1",
+        "\\lfloor 3,7 \\rfloor",
+        "a ? b",
+        "\x00",
+        "__import__('os')",
+    ],
+)
 def test_parse_rejects(text):
     """Would read half of a text and ignore the rest."""
     with pytest.raises(NotMath):
@@ -97,9 +122,18 @@ def test_parse_rejects(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1), "{" * 1000 + "1" + "}" * 900, "9" * (MAX_DIGITS + 1), "1e999999", "x" * 5000,
-     "-" * 1500 + "1", "\\sqrt{" * 100 + "1" + "}" * 100, "2^" * 100 + "2", "((" * 1000],
-)  # fmt: skip
+    [
+        "(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1),
+        "{" * 1000 + "1" + "}" * 900,
+        "9" * (MAX_DIGITS + 1),
+        "1e999999",
+        "x" * 5000,
+        "-" * 1500 + "1",
+        "\\sqrt{" * 100 + "1" + "}" * 100,
+        "2^" * 100 + "2",
+        "((" * 1000,
+    ],
+)
 def test_caps_of_the_parser(text):
     """Would overflow the stack, or build a number of millions of digits, while parsing."""
     start = time.perf_counter()
@@ -172,8 +206,17 @@ def test_variables_bound():
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("1\\,234", "1234"), ("1{,}234", "1234"), ("$5$", " 5"), ("½", "1/2"), ("2½", "(2+1/2)"), ("٣", "3"), ("4 2.", "4 2"), ("x = 5.", "x = 5")],
-)  # fmt: skip
+    [
+        ("1\\,234", "1234"),
+        ("1{,}234", "1234"),
+        ("$5$", " 5"),
+        ("½", "1/2"),
+        ("2½", "(2+1/2)"),
+        ("٣", "3"),
+        ("4 2.", "4 2"),
+        ("x = 5.", "x = 5"),
+    ],
+)
 def test_normalise(text, expected):
     """Would leave a spelling that the parser does not know."""
     assert normalise(text) == expected

@@ -84,7 +84,8 @@ class Problem:
     ],
 )
 def test_verify_countdown_accepts(response):
-    """Would reject a right derivation because of its notation, its steps, or the text around it (a newline after the tag)."""
+    """Would reject a right derivation because of its notation, its steps, or the text around it (a
+    newline after the tag)."""
     assert verify_countdown(response, (3, 5, 2), 16).correct
 
 
@@ -132,13 +133,15 @@ def test_verify_countdown_accepts(response):
     ],
 )
 def test_verify_countdown_rejects(response, reason):
-    """Would reward a wrong derivation: numbers reused or invented, a false stated value, or syntax that is not + - * / and parentheses."""
+    """Would reward a wrong derivation: numbers reused or invented, a false stated value, or syntax
+    that is not + - * / and parentheses."""
     verdict = verify_countdown(response, (3, 5, 2), 16)
     assert (verdict.correct, verdict.reason) == (False, reason)
 
 
 def test_verify_countdown_exact_rationals():
-    """Floats would call 8 / (3 - 8/3) not quite 24, and accept a quotient that is only nearly right."""
+    """Floats would call 8 / (3 - 8/3) not quite 24, and accept a quotient that is only nearly
+    right."""
     assert verify_countdown("8 / (3 - 8/3)", (3, 3, 8, 8), 24).correct
     assert (
         verify_countdown("8/3 = 8/3, 3 - 8/3", (3, 3, 8), Fraction(1, 3)).correct is False
@@ -151,7 +154,8 @@ def test_verify_countdown_exact_rationals():
 
 
 def test_verify_countdown_negative_intermediate():
-    """Would lose a derivation that passes through a negative number, or lend a sign to a given one."""
+    """Would lose a derivation that passes through a negative number, or lend a sign to a given
+    one."""
     assert verify_countdown("3 - 5 = -2, -2 + 18 = 16", (3, 5, 18), 16).correct
     assert verify_countdown("3 - 5 = -2, 18 + -2 = 16", (3, 5, 18), 16).correct
     assert not verify_countdown(
@@ -160,7 +164,8 @@ def test_verify_countdown_negative_intermediate():
 
 
 def test_verify_countdown_brute_force():
-    """Would misjudge precedence, associativity or the use of a number: every tree on three numbers, judged by Python's own Fractions."""
+    """Would misjudge precedence, associativity or the use of a number: every tree on three numbers,
+    judged by Python's own Fractions."""
     operators = {
         "+": Fraction.__add__,
         "-": Fraction.__sub__,
@@ -185,9 +190,21 @@ def test_verify_countdown_brute_force():
 
 @pytest.mark.parametrize(
     "text",
-    ["(" * 100_000, "(" * 300 + "3" + ")" * 300, "9" * 100_000, "1*" * 50_000 + "1", "-" * 1000, "\x00", "3 + 5 = 8, " * 10_000,
-     "\\boxed{" * 5000 + "}" * 5000, "\\frac" * 200, "<answer>" * 20_000, "9" * 900 + "*" + "9" * 50, "\\boxed" * 20_000],
-)  # fmt: skip
+    [
+        "(" * 100_000,
+        "(" * 300 + "3" + ")" * 300,
+        "9" * 100_000,
+        "1*" * 50_000 + "1",
+        "-" * 1000,
+        "\x00",
+        "3 + 5 = 8, " * 10_000,
+        "\\boxed{" * 5000 + "}" * 5000,
+        "\\frac" * 200,
+        "<answer>" * 20_000,
+        "9" * 900 + "*" + "9" * 50,
+        "\\boxed" * 20_000,
+    ],
+)
 def test_verify_countdown_hostile(text):
     """Would hang, overflow the stack or raise on text that a policy can produce."""
     start = time.perf_counter()
@@ -196,7 +213,8 @@ def test_verify_countdown_hostile(text):
 
 
 def test_verify_countdown_fast():
-    """Would make verification a visible share of a step of the tiny model: more than 50 microseconds for a two-step derivation."""
+    """Would make verification a visible share of a step of the tiny model: more than 50
+    microseconds for a two-step derivation."""
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -231,7 +249,8 @@ def test_verify_countdown_fast():
     ],
 )
 def test_extract_answer(text, answer):
-    """Would miss or cut the final answer: nested braces, the last of several, a newline after the tag, separators."""
+    """Would miss or cut the final answer: nested braces, the last of several, a newline after the
+    tag, separators."""
     assert extract_answer(text) == answer
 
 
@@ -284,7 +303,8 @@ def judge(case: dict) -> bool:
 
 @pytest.mark.parametrize("name", sorted({case["class"] for case in CASES}))
 def test_verify_cases(name):
-    """Would misjudge an answer of this class: an equal one in other notation, or a near miss. All of the file must pass."""
+    """Would misjudge an answer of this class: an equal one in other notation, or a near miss. All
+    of the file must pass."""
     failed = [case for case in CASES if case["class"] == name and judge(case) != case["correct"]]
     assert not failed, "\n".join(json.dumps(case) for case in failed)
 
@@ -300,7 +320,8 @@ def test_verify_cases_both_ways():
     "gold", ["", " ", "$$", "?", "\\frac{1}{", "((", "5+", "\\boxed{}", "x" * 3000]
 )
 def test_unparsable_gold(gold):
-    """Would turn a broken gold answer into a reward for whatever equals it, instead of an error at load time."""
+    """Would turn a broken gold answer into a reward for whatever equals it, instead of an error at
+    load time."""
     with pytest.raises(ValueError, match="gold"):
         check_gold(gold)
     for answer in (gold, "5", "", "\\boxed{" + gold + "}"):
@@ -337,22 +358,63 @@ def test_verify_math_reasons():
 # ---- hostile text and time ----
 
 HOSTILE = [
-    "9^{9^{9^{9^9}}}", "99**98**97", "(10^{10^6})!", "3000!^{3000!}", "5!!!!!!", "\\binom{10^9}{5\\cdot 10^8}", "\\binom{3000}{1500}^{100}",
-    "\\prod_{k=1}^{1000} k^{1000}", "\\sum_{k=1}^{1000000000} k", "\\sum_{i=1}^{500}\\sum_{j=1}^{500}\\sum_{k=1}^{500} ijk",
-    "e^{e^{e^{e^{10}}}}", "x^{x^{x^{x^x}}}", "(x+y+z+w)^{1000}", "(1+x)^{100000}", "1e999999", "\\sqrt[1000000]{2}", "\\sin(10^{10^{5}})",
-    "\\sqrt{" * 200 + "2" + "}" * 200, "\\frac{1}{" * 200 + "2" + "}" * 200, "{" * 10_000 + "1" + "}" * 10_000, "(" * 10_000,
-    "|" * 5000, "9" * 100_000, "x" * 100_000, "-" * 5000 + "1", "+".join(["x"] * 900), "1/" * 500 + "1", ",".join(["\\sqrt{2}"] * 90),
-    "\x00", "__import__('os').system('exit')", "lambda x: x", "eval('1')", "\\input{/etc/passwd}",
-    "\ud800", "$" * 10_000, "\\boxed{" * 5000,
-    "\\" * 10_000, "\\text{" * 1000, "answer is " * 10_000, "a is " * 20_000, "#" * 100_000, "\\[" * 50_000, "\\boxed{1}, " * 5000,
-    "\\begin{pmatrix}" + "1&" * 400 + "1\\end{pmatrix}", "\\pm 1" * 100, "1/0", "0^{-1}", "\\infty-\\infty", "\\log 0",
+    "9^{9^{9^{9^9}}}",
+    "99**98**97",
+    "(10^{10^6})!",
+    "3000!^{3000!}",
+    "5!!!!!!",
+    "\\binom{10^9}{5\\cdot 10^8}",
+    "\\binom{3000}{1500}^{100}",
+    "\\prod_{k=1}^{1000} k^{1000}",
+    "\\sum_{k=1}^{1000000000} k",
+    "\\sum_{i=1}^{500}\\sum_{j=1}^{500}\\sum_{k=1}^{500} ijk",
+    "e^{e^{e^{e^{10}}}}",
+    "x^{x^{x^{x^x}}}",
+    "(x+y+z+w)^{1000}",
+    "(1+x)^{100000}",
+    "1e999999",
+    "\\sqrt[1000000]{2}",
+    "\\sin(10^{10^{5}})",
+    "\\sqrt{" * 200 + "2" + "}" * 200,
+    "\\frac{1}{" * 200 + "2" + "}" * 200,
+    "{" * 10_000 + "1" + "}" * 10_000,
+    "(" * 10_000,
+    "|" * 5000,
+    "9" * 100_000,
+    "x" * 100_000,
+    "-" * 5000 + "1",
+    "+".join(["x"] * 900),
+    "1/" * 500 + "1",
+    ",".join(["\\sqrt{2}"] * 90),
+    "\x00",
+    "__import__('os').system('exit')",
+    "lambda x: x",
+    "eval('1')",
+    "\\input{/etc/passwd}",
+    "\ud800",
+    "$" * 10_000,
+    "\\boxed{" * 5000,
+    "\\" * 10_000,
+    "\\text{" * 1000,
+    "answer is " * 10_000,
+    "a is " * 20_000,
+    "#" * 100_000,
+    "\\[" * 50_000,
+    "\\boxed{1}, " * 5000,
+    "\\begin{pmatrix}" + "1&" * 400 + "1\\end{pmatrix}",
+    "\\pm 1" * 100,
+    "1/0",
+    "0^{-1}",
+    "\\infty-\\infty",
+    "\\log 0",
     "\\tan(\\frac{\\pi}{2})",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("gold", ["42", "x^2+\\sqrt{2}"])
 def test_hostile_text(gold):
-    """Would raise, hang or be rewarded for text that a policy can produce: towers, factorials, deep nesting, code, 100,000 characters."""
+    """Would raise, hang or be rewarded for text that a policy can produce: towers, factorials, deep
+    nesting, code, 100,000 characters."""
     for text in HOSTILE:
         for response in (text, "\\boxed{" + text + "}", "The answer is $" + text):
             start = time.perf_counter()
@@ -362,12 +424,21 @@ def test_hostile_text(gold):
 
 
 SLOW_IN_PROCESS = [
-    "\\sum_{m=1}^{1000}\\sum_{i=0}^{100} \\pi", "\\sum_{m=1}^{1000} \\arcsin(e^{(i)^{y}})", "\\sum_{i=1}^{9}" * 40 + "i",
-    "(" * 55 + "x" + ")^{99}" * 55, "\\begin{pmatrix}" + "\\\\".join(["&".join(["\\sqrt{x}"] * 8)] * 8) + "\\end{pmatrix}^6",
-    "\\begin{vmatrix}" * 9 + "x&1\\\\1&x" + "\\end{vmatrix}&1\\\\1&1" * 8 + "\\end{vmatrix}", "|" * 400 + "x" + "|" * 400,
-    "\\{" + ",".join(f"\\sqrt{{{n}}}" for n in range(100)) + "\\}", "\\cup".join(f"[{2 * n},{2 * n + 1}]" for n in range(120)),
-    "\\begin{cases}" + "1&x>0\\\\" * 150 + "\\end{cases}", "5 ft 3 in " * 150, "five hundred " * 150, "]1,2[" * 200, "0.(3)" * 200,
-]  # fmt: skip
+    "\\sum_{m=1}^{1000}\\sum_{i=0}^{100} \\pi",
+    "\\sum_{m=1}^{1000} \\arcsin(e^{(i)^{y}})",
+    "\\sum_{i=1}^{9}" * 40 + "i",
+    "(" * 55 + "x" + ")^{99}" * 55,
+    "\\begin{pmatrix}" + "\\\\".join(["&".join(["\\sqrt{x}"] * 8)] * 8) + "\\end{pmatrix}^6",
+    "\\begin{vmatrix}" * 9 + "x&1\\\\1&x" + "\\end{vmatrix}&1\\\\1&1" * 8 + "\\end{vmatrix}",
+    "|" * 400 + "x" + "|" * 400,
+    "\\{" + ",".join(f"\\sqrt{{{n}}}" for n in range(100)) + "\\}",
+    "\\cup".join(f"[{2 * n},{2 * n + 1}]" for n in range(120)),
+    "\\begin{cases}" + "1&x>0\\\\" * 150 + "\\end{cases}",
+    "5 ft 3 in " * 150,
+    "five hundred " * 150,
+    "]1,2[" * 200,
+    "0.(3)" * 200,
+]
 
 
 @pytest.mark.parametrize(
@@ -382,8 +453,9 @@ SLOW_IN_PROCESS = [
     ],
 )
 def test_hostile_text_in_process(gold):
-    """Would block the main process, where nothing is killed at a deadline: matrix powers of exponential size, sums of transcendental
-    functions, quadratic matching. 0.15 s was the worst when this was written; the bound leaves room for a loaded machine."""
+    """Would block the main process, where nothing is killed at a deadline: matrix powers of
+    exponential size, sums of transcendental functions, quadratic matching. 0.15 s was the worst
+    when this was written; the bound leaves room for a loaded machine."""
     for text in SLOW_IN_PROCESS:
         start = time.perf_counter()
         assert equality.compare(gold, text) != "correct", text[:80]
@@ -401,7 +473,8 @@ def test_hostile_text_in_process(gold):
     ],
 )
 def test_compare_never_raises(text):
-    """Would raise TypeError: an mpmath number compared with a Fraction, a function of too many arguments."""
+    """Would raise TypeError: an mpmath number compared with a Fraction, a function of too many
+    arguments."""
     for pair in ((text, "42"), ("42", text), (text + "+x", "x^2")):
         assert equality.compare(*pair) == "wrong"
 
@@ -445,7 +518,8 @@ def test_verify_imports_no_torch():
 
 
 def test_answers_match_fast():
-    """Would make verification a visible share of a step: plain answers must take less than half a millisecond."""
+    """Would make verification a visible share of a step: plain answers must take less than half a
+    millisecond."""
     pairs = [
         (c["gold"], c["answer"])
         for c in CASES
@@ -464,7 +538,8 @@ def test_answers_match_fast():
 
 
 def test_worker_killed_at_deadline_and_replaced():
-    """Would wait for sympy for ever (SIGALRM does not stop it), or be left without a worker after one was killed."""
+    """Would wait for sympy for ever (SIGALRM does not stop it), or be left without a worker after
+    one was killed."""
     assert answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
     pid = workers._idle[-1].process.pid
     start = time.perf_counter()
@@ -502,7 +577,8 @@ def test_worker_memory_bounded():
 
 
 def test_workers_from_threads():
-    """Would mix up answers, or fail, when several threads ask at once (signal-based timeouts work in the main thread only)."""
+    """Would mix up answers, or fail, when several threads ask at once (signal-based timeouts work
+    in the main thread only)."""
     verdicts = {}
     threads = [
         threading.Thread(

@@ -281,25 +281,25 @@ class _Parser:
     """
 
     def __init__(self, tokens: list[Token]):
-        self.tokens = tokens
+        self.tokens = [*tokens, *[("", "")] * 4]  # what peek sees behind the end
         self.position = 0
         self.depth = 0
         self.in_bars = 0
         self.bound: tuple[str, ...] = ()  # indices of the sums around
 
     def peek(self, ahead: int = 0) -> str:
-        i = self.position + ahead
-        return self.tokens[i][1] if 0 <= i < len(self.tokens) else ""
+        return self.tokens[self.position + ahead][1]
 
     def kind(self, ahead: int = 0) -> str:
-        i = self.position + ahead
-        return self.tokens[i][0] if 0 <= i < len(self.tokens) else ""
+        return self.tokens[self.position + ahead][0]
 
     def at(self, *values: str) -> bool:
-        return self.kind() == "sign" and self.peek() in values
+        kind, value = self.tokens[self.position]
+        return kind == "sign" and value in values
 
     def accept(self, *values: str) -> bool:
-        found = self.at(*values)
+        kind, value = self.tokens[self.position]
+        found = kind == "sign" and value in values
         self.position += found
         return found
 

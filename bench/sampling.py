@@ -1,23 +1,18 @@
-"""Sampling against transformers.generate: same weights, prompts, samples, temperature and threads; useful tokens a second.
+"""Sampling against transformers.generate: same weights, prompts, samples and temperature.
 
-python -m bench.sampling --model models/SmolLM2-135M-Instruct --dtype bf16 --rows 64 --new-tokens 128 --lengths fixed
+    python -m bench.sampling --model models/SmolLM2-135M-Instruct --rows 64 --lengths fixed
+
+The unit is useful tokens a second: those up to a response's stop.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from bench.common import (
-    DTYPES,
-    alternate,
-    bandwidth,
-    matmul_peak,
-    options,
-    report,
-    sampler_of,
-    set_up,
-    setting,
-)
+from bench.common import DTYPES, alternate, options, report, set_up
 from model import Transformer
-from sampler import sample
+from sampler import sample, sampling_copy
 
 
 def main() -> None:
@@ -27,81 +22,46 @@ def main() -> None:
     set_up(args)
     from transformers import AutoModelForCausalLM
 
-    dtype = DTYPES[args.dtype]
-    ours = sampler_of(args)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=dtype, attn_implementation="sdpa"
-    ).eval()
-    vocabulary = ours.config.vocab_size
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(
-        3, vocabulary - 1, (args.rows // 8, args.prompt_tokens), generator=generator
-    )
-    stop_ids = stopping_ids(ours, prompts) if args.lengths == "spread" else set()
+    dtype, T = DTYPES[args.dtype], args.new_tokens
+    policy = Transformer.from_pretrained(args.model)
+    if args.compile:
+        policy.compile_blocks()  # in float32 the policy itself is sampled from
+    ours = sampling_copy(policy, dtype, compiled=args.compile)
+    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
+    vocabulary, shape = ours.config.vocab_size, (args.rows // 8, args.prompt_tokens)
+    prompts = torch.randint(3, vocabulary - 1, shape, generator=torch.Generator().manual_seed(0))
+    draw = partial(sample, ours, prompts.tolist(), num_samples=8, max_rows=args.rows)
+    stop_ids = stopping_ids(draw, vocabulary) if args.lengths == "spread" else set()
     seeds = iter(range(10**6))
 
     def run_ours() -> float:
-        groups = sample(
-            ours,
-            prompts.tolist(),
-            num_samples=8,
-            max_new_tokens=args.new_tokens,
-            stop_ids=stop_ids,
-            seed=next(seeds),
-            max_rows=args.rows,
-        )
+        groups = draw(max_new_tokens=T, stop_ids=stop_ids, seed=next(seeds), progress=False)
         return float(sum(len(c.ids) for group in groups for c in group))
 
     @torch.no_grad()
     def run_theirs() -> float:
         torch.manual_seed(next(seeds))
         rows = prompts.repeat_interleave(8, dim=0)
-        ids = theirs.generate(
-            rows, attention_mask=torch.ones_like(rows), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=args.new_tokens,
-            eos_token_id=sorted(stop_ids) or -1, pad_token_id=0,
-        )[:, args.prompt_tokens :]  # fmt: skip
-        ended = torch.isin(ids, torch.tensor(sorted(stop_ids), dtype=torch.long)).cumsum(dim=1)
+        stop = {"max_new_tokens": T, "eos_token_id": sorted(stop_ids) or -1, "pad_token_id": 0}
+        random = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        ids = theirs.generate(rows, attention_mask=torch.ones_like(rows), **stop, **random)
+        new = ids[:, args.prompt_tokens :]
+        ended = torch.isin(new, torch.tensor(sorted(stop_ids), dtype=torch.long)).cumsum(dim=1)
         return float(((ended == 0).sum(dim=1) + (ended > 0).any(dim=1)).sum())
 
     rates = alternate({"ours": run_ours, "transformers.generate": run_theirs}, args.rounds)
-    c = ours.config
-    matrices = sum(
-        w.numel()
-        for name, w in ours.named_parameters()
-        if w.dim() == 2 and (name != "model.embed_tokens.weight" or c.tie_embeddings)
-    )
-    slots = args.prompt_tokens + args.new_tokens / 2
-    flop = 2 * matrices + 4 * slots * c.num_heads * c.head_dim * c.num_layers
-    size = torch.finfo(dtype).bits // 8
-    moved = size * (matrices / args.rows + 2 * slots * c.num_kv_heads * c.head_dim * c.num_layers)
-    peak, read = matmul_peak(dtype), bandwidth()
-    limit = 1 / max(flop / peak, moved / read)
-    report(
-        f"sampling {args.model}, {args.rows} rows x {args.new_tokens} tokens, {args.lengths}, {setting(args)}", rates,
-        "tok/s", peak_gflops=round(peak / 1e9), read_gb_s=round(read / 1e9, 1), gflop_per_token=round(flop / 1e9, 3),
-        limit_tok_s=round(limit), share_of_limit=round(rates["ours"] / limit, 3),
-    )  # fmt: skip
+    title = f"sampling {args.model}, {args.rows} rows x {T} tokens, {args.lengths}"
+    report(args, title, rates, "tok/s")
 
 
-def stopping_ids(model: Transformer, prompts: torch.Tensor, spacing: int = 40) -> set[int]:
-    """Every 40th id by frequency, so that about one token in 40 ends a response, whatever it is about: lengths spread geometrically."""
-    groups = sample(
-        model,
-        prompts.tolist(),
-        num_samples=8,
-        max_new_tokens=64,
-        stop_ids=set(),
-        seed=1,
-        max_rows=64,
-    )
+def stopping_ids(draw: Callable, vocabulary: int, spacing: int = 40) -> set[int]:
+    """Every 40th id by frequency: about one token in 40 ends a response, so lengths spread."""
+    groups = draw(max_new_tokens=64, stop_ids=set(), seed=1, progress=False)
     ids = torch.tensor([token for group in groups for c in group for token in c.ids])
-    counts = torch.bincount(ids, minlength=model.config.vocab_size)
+    counts = torch.bincount(ids, minlength=vocabulary)
     order = counts.argsort(descending=True, stable=True)
-    first = min(
-        range(spacing),
-        key=lambda start: abs(int(counts[order[start::spacing]].sum()) * spacing - len(ids)),
-    )
-    return set(order[first::spacing].tolist())
+    gaps = [abs(int(counts[order[i::spacing]].sum()) * spacing - len(ids)) for i in range(spacing)]
+    return set(order[gaps.index(min(gaps)) :: spacing].tolist())
 
 
 if __name__ == "__main__":

@@ -1,114 +1,97 @@
-"""Forward and backward of an RL update against transformers: float32 master weights, products in --dtype, one group a micro-batch.
+"""Forward and backward of an RL update against transformers: float32 weights, products in --dtype.
 
-    python -m bench.training --model models/SmolLM2-135M-Instruct --dtype bf16 --lengths fixed
+    python -m bench.training --model models/SmolLM2-135M-Instruct --lengths fixed
 
-The peer runs padded rows under autocast, with logits of the response positions only. Counted are prompt and response tokens of all rows.
+One group of 8 responses in a micro-batch. The peer runs padded rows under autocast, with logits of
+the response positions only. The unit is prompt and response tokens of all rows a second.
 """
 
 import argparse
 import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import torch
 
-from bench.common import alternate, flags, options, own_peak, peak_memory, report, set_up, setting
+from bench.common import DTYPES, alternate, options, report, set_up
 from model import Transformer
-from packing import Group, micro_batches, token_logprobs
+from packing import Row, pack, token_logprobs
 
 
-def random_groups(args: argparse.Namespace, vocabulary: int) -> list[Group]:
-    rng = random.Random(0)
-    length = (
-        (lambda: rng.randint(args.new_tokens // 8, args.new_tokens))
-        if args.lengths == "spread"
-        else (lambda: args.new_tokens)
-    )
-    ids = lambda count: [rng.randrange(3, vocabulary) for _ in range(count)]  # noqa: E731
-    return [
-        (ids(args.prompt_tokens), [ids(length()) for _ in range(8)]) for _ in range(args.groups)
-    ]
+def random_groups(args: argparse.Namespace, vocabulary: int) -> list[list[Row]]:
+    rng, T = random.Random(0), args.new_tokens
+    groups = []
+    for _ in range(args.groups):
+        prompt = [rng.randrange(3, vocabulary) for _ in range(args.prompt_tokens)]
+        lengths = [rng.randint(T // 8, T) if args.lengths == "spread" else T for _ in range(8)]
+        responses = [[rng.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
+        groups.append([Row(prompt_ids=prompt, ids=ids, weight=1.0) for ids in responses])
+    return groups
 
 
-def ours(args: argparse.Namespace):
-    model = Transformer.from_pretrained(args.model)
-    if args.compile:
-        model.compile_blocks()
+def contestant(name: str, args: argparse.Namespace) -> Callable[[], float]:
+    """A function that trains on all groups once and returns the number of their tokens."""
+    if name == "ours":
+        model, train = Transformer.from_pretrained(args.model), train_ours
+        model.compute_dtype = getattr(torch, DTYPES[args.dtype])
+        if args.compile:
+            model.compile_blocks()
+    else:
+        from transformers import AutoModelForCausalLM
+
+        load = AutoModelForCausalLM.from_pretrained
+        model, train = load(args.model, dtype=torch.float32), train_theirs
     groups = random_groups(args, model.config.vocab_size)
 
     def run() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bf16"):
-            for batch, _ in micro_batches(
-                groups, max_tokens=args.prompt_tokens + 8 * args.new_tokens
-            ):
-                token_logprobs(model, batch)[0].mean().backward()
+        for group in groups:
+            train(model, group, args.dtype)
         model.zero_grad()
-        return num_tokens(groups)
+        return float(sum(len(row.prompt_ids) + len(row.ids) for group in groups for row in group))
 
     return run
 
 
-def theirs(args: argparse.Namespace):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    groups = random_groups(args, model.config.vocab_size)
-
-    def run() -> float:
-        for prompt, responses in groups:
-            longest = max(map(len, responses))
-            ids = torch.tensor(
-                [prompt + response + [0] * (longest - len(response)) for response in responses]
-            )
-            mask = torch.tensor(
-                [
-                    [True] * len(response) + [False] * (longest - len(response))
-                    for response in responses
-                ]
-            )
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bf16"):
-                hidden = model.model(ids).last_hidden_state[:, len(prompt) - 1 : -1][mask]
-                logits = model.lm_head(hidden)
-            logp = (
-                logits.float().log_softmax(dim=-1).gather(-1, ids[:, len(prompt) :][mask][:, None])
-            )
-            logp.mean().backward()
-        model.zero_grad()
-        return num_tokens(groups)
-
-    return run
+def train_ours(model, group: list[Row], dtype: str) -> None:
+    logp, _ = token_logprobs(model, pack([group]))
+    logp.mean().backward()
 
 
-def num_tokens(groups: list[Group]) -> float:
-    return float(
-        sum(len(prompt) + len(response) for prompt, responses in groups for response in responses)
-    )
+def train_theirs(model, group: list[Row], dtype: str) -> None:
+    prompt, longest = group[0].prompt_ids, max(len(row.ids) for row in group)
+    ids = torch.tensor([prompt + row.ids + [0] * (longest - len(row.ids)) for row in group])
+    mask = torch.arange(longest) < torch.tensor([[len(row.ids)] for row in group])
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        hidden = model.model(ids).last_hidden_state[:, len(prompt) - 1 : -1][mask]
+        logits = model.lm_head(hidden)
+    targets = ids[:, len(prompt) :][mask][:, None]
+    logits.float().log_softmax(dim=-1).gather(-1, targets).mean().backward()
+
+
+def peak_memory(name: str, args: argparse.Namespace) -> int:
+    """Peak resident bytes of a process of its own that runs once."""
+    set_up(args)
+    contestant(name, args)()
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--groups", type=int, default=8)
-    parser.add_argument(
-        "--memory-of",
-        choices=("ours", "transformers"),
-        help="run once and print the peak resident bytes",
-    )
     args = parser.parse_args()
     set_up(args)
-    contestants = {"ours": ours, "transformers": theirs}
-    if args.memory_of:
-        contestants[args.memory_of](args)()
-        print(own_peak())
-        return
-    rates = alternate({name: build(args) for name, build in contestants.items()}, args.rounds)
-    shared = [*flags(args), "--groups", str(args.groups)]
-    memory = {
-        name: peak_memory("bench.training", [*shared, "--memory-of", name]) for name in contestants
-    }
-    work = f"{args.groups} x 8 x ({args.prompt_tokens} + {args.new_tokens}) tokens, {args.lengths}, {setting(args)}"
-    gigabytes = {f"{name}_gb": round(size / 1e9, 2) for name, size in memory.items()}
-    ratio = round(memory["ours"] / memory["transformers"], 3)
-    report(f"training {args.model}, {work}", rates, "tok/s", **gigabytes, memory_ratio=ratio)
+    names = ("ours", "transformers")
+    rates = alternate({name: contestant(name, args) for name in names}, args.rounds)
+    memory = {}
+    for name in names:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            memory[name] = process.submit(peak_memory, name, args).result()
+    facts = {f"{name}_gb": round(size / 1e9, 2) for name, size in memory.items()}
+    facts["memory_ratio"] = round(memory["ours"] / memory["transformers"], 3)
+    tokens = f"{args.groups} x 8 x ({args.prompt_tokens} + {args.new_tokens}) tokens"
+    report(args, f"training {args.model}, {tokens}, {args.lengths}", rates, "tok/s", **facts)
 
 
 if __name__ == "__main__":

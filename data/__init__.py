@@ -1,145 +1,66 @@
-"""Problems and demonstrations: what the policy is asked, and which verifier judges it."""
+"""Problems and demonstrations: what the policy is asked, and which verifier judges the answer."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import numpy as np
 
+from answers.equality import check_gold
 from answers.symbolic import judge
 from answers.workers import ask_worker
+from config import Config, UserError
 from data import countdown, files
 
 GYM_GENERATION_S = 600.0
-MAX_SHOWN = 20  # broken records that an error lists
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One question. kind says which verifier judges it, and by which fields: "countdown" (numbers, target), "math" (answer, tolerance) or
-    "gym" (task, entry)."""
+    """One question. kind names the verifier and the fields that it reads: "countdown" (numbers,
+    target), "math" (answer, tolerance) or "gym" (task, entry)."""
 
     id: str
-    prompt: str  # the question's text, before the prompt template
+    prompt: str  # the question, without the prompt template
     answer: str
     kind: str
     numbers: tuple[int, ...] = ()
     target: int = 0
     tolerance: float = 0.0  # absolute
-    task: str = ""  # reasoning-gym's task with its options
-    entry: tuple[int, ...] = ()  # seed and index of its entry
+    task: str = ""  # of reasoning-gym, with its options
+    entry: tuple[int, ...] = ()  # seed and index in the task's data set
     context: tuple[tuple[str, str], ...] = ()  # (role, content) of the messages before the question
 
 
-def load_problems(
-    source: str,
-    *,
-    size: int = 0,
-    seed: int = 0,
-    countdown_numbers: int = 3,
-    countdown_max: int = 20,
-) -> list[Problem]:
-    """Problems of a source, the same for the same arguments, each question once (what is left out is printed).
+def load_problems(source: str, *, size: int = 0, seed: int = 0) -> list[Problem]:
+    """Problems of a source, each question once, the same for the same arguments.
 
-    source: "countdown:train", "countdown:heldout", "countdown:search" (generated); "reasoning_gym:TASK" or "reasoning_gym:TASK:heldout"
-    (the package's generators; options of the task may follow, "?max_terms=3&max_digits=2"); or the path of a .jsonl, .json, .csv or
-    .parquet file in one of the formats of data/files.py. Generated splits share no question. size: how many, drawn by seed; 0 = the
-    whole file.
-    Raises ValueError naming the file, place and field of a broken record, an unreadable gold answer, an unknown source, or a size that
-    the source cannot give.
+    source: "countdown:train", "countdown:heldout" or "countdown:search", with options as in
+    "countdown:train?numbers=4&max=20" (defaults 3 and 20); "reasoning_gym:TASK" or
+    "reasoning_gym:TASK:heldout", with the task's own options; or a .jsonl, .json, .csv or .parquet
+    file. Generated splits share no question. size: how many, drawn by seed; 0 = the whole file.
+    Prints how many repeated and contradicting questions it leaves out. Raises UserError for a bad
+    source or size, a broken record, or an unreadable gold answer.
     """
     if source.startswith("countdown:"):
-        games = countdown.generate_games(
-            source.removeprefix("countdown:"),
-            size=size,
-            seed=seed,
-            num_numbers=countdown_numbers,
-            max_number=countdown_max,
-        )
+        split, options = _countdown_source(source, size)
+        games = countdown.generate_games(split, size=size, seed=seed, **options)
         return [_countdown_problem(numbers, target) for numbers, target in games]
     if source.startswith("reasoning_gym:"):
         return _gym_problems(source, size, seed)
-    problems: dict[str, Problem] = {}
-    ids: dict[str, str] = {}
-    num_records, contradicted, unreadable = 0, {}, []
-    for record, where in files.read_records(source):
-        num_records += 1
-        try:
-            problem = _problem(record, where)
-        except files.UnreadableGold as error:
-            unreadable.append(str(error))
-            continue
-        key = question_key(problem)
-        first = problems.setdefault(key, problem)
-        if ids.setdefault(first.id, key) != key:
-            raise ValueError(
-                f"{where}: id {first.id!r} stands in the file twice, for different questions"
-            )
-        if first.answer != problem.answer and judge(first.answer, problem.answer) != "correct":
-            contradicted[key] = where
-    if unreadable:
-        shown = "".join(f"\n  {error}" for error in unreadable[:MAX_SHOWN]) + (
-            "\n  ..." if len(unreadable) > MAX_SHOWN else ""
-        )
-        raise ValueError(
-            f"{source}: {len(unreadable)} of {num_records} records are to be mended or removed:{shown}"
-        )
-    if num_records > len(problems):
-        print(
-            f"{source}: {num_records} records, {len(problems)} different questions; the repetitions are left out"
-        )
-    if contradicted:
-        first_place = next(iter(contradicted.values()))
-        print(
-            f"{source}: {len(contradicted)} questions are left out whose answers contradict each other, first at {first_place}"
-        )
-    return _subset(
-        [problem for key, problem in problems.items() if key not in contradicted],
-        size,
-        seed,
-        source,
-    )
+    return _subset(_file_problems(source), size, seed, source)
 
 
-def question_key(problem: Problem) -> str:
-    """What makes two questions the same: their text without white space, or of Countdown the numbers in any order and the target."""
-    if problem.kind == "countdown":
-        return f"countdown:{sorted(problem.numbers)}->{problem.target}"
-    return "".join(problem.prompt.split())
+def load_demonstrations(source: str, *, size: int = 0, seed: int = 0) -> list[tuple[str, str]]:
+    """(question, response) pairs to imitate.
 
-
-def check_overlap(
-    train: list[Problem], heldout: list[Problem], train_source: str, heldout_source: str
-) -> None:
-    """Raises ValueError when a held-out question is among the training questions."""
-    trained = {question_key(problem): problem.id for problem in train}
-    shared = [problem for problem in heldout if question_key(problem) in trained]
-    if shared:
-        raise ValueError(
-            f"data: {len(shared)} of the {len(heldout)} questions of data.eval = {heldout_source!r} are among those of data.train = "
-            f"{train_source!r}, first {shared[0].id!r} ({shared[0].prompt[:60]!r})"
-        )
-
-
-def load_demonstrations(
-    source: str,
-    *,
-    size: int = 0,
-    seed: int = 0,
-    countdown_numbers: int = 3,
-    countdown_max: int = 20,
-) -> list[tuple[str, str]]:
-    """(question, response) pairs to imitate: "countdown:skills", "countdown:habit" (generated), or a .jsonl file of {problem, response}."""
+    source: "countdown:skills" or "countdown:habit", with options as in load_problems; or a file
+    with the fields problem and response.
+    """
     if source.startswith("countdown:"):
-        demos = countdown.generate_demonstrations(
-            source.removeprefix("countdown:"),
-            size=size,
-            seed=seed,
-            num_numbers=countdown_numbers,
-            max_number=countdown_max,
-        )
-        return [
-            (countdown.question(numbers, target), response) for numbers, target, response in demos
-        ]
+        stage, options = _countdown_source(source, size)
+        demos = countdown.generate_demonstrations(stage, size=size, seed=seed, **options)
+        return [(countdown.question(numbers, target), steps) for numbers, target, steps in demos]
     pairs = [
         (files.question(record, where)[0], files.text_of(record, ("response",), where))
         for record, where in files.read_records(source)
@@ -147,45 +68,122 @@ def load_demonstrations(
     return _subset(pairs, size, seed, source)
 
 
+def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
+    """Training problems, drawn by cfg.seed, and held-out problems, the same for every seed.
+
+    Raises UserError as load_problems does, and when a held-out question is a training question.
+    """
+    heldout = load_problems(cfg.data.eval, size=cfg.data.eval_size, seed=0)
+    if cfg.method in ("eval", "sft"):
+        return [], heldout
+    train = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed)
+    trained = {question_key(problem) for problem in train}
+    shared = [problem for problem in heldout if question_key(problem) in trained]
+    if shared:
+        count = f"{len(shared)} of {len(heldout)} questions of data.eval"
+        first = f"{shared[0].id!r} ({shared[0].prompt[:60]!r})"
+        raise UserError(f"{count} are also in data.train, the first is {first}")
+    return train, heldout
+
+
+def next_problems(problems: list[Problem], drawn: int, count: int, seed: int) -> list[Problem]:
+    """count problems of the endless stream, from position drawn on. Each pass over the problems
+    is a permutation of its own, seeded by (seed, pass)."""
+    passes = range(drawn // len(problems), (drawn + count) // len(problems) + 1)
+    orders = [np.random.default_rng((seed, p)).permutation(len(problems)) for p in passes]
+    start = drawn % len(problems)
+    return [problems[i] for i in np.concatenate(orders)[start : start + count]]
+
+
+def question_key(problem: Problem) -> str:
+    """Equal for equal questions: the text without white space; of Countdown the numbers in any
+    order and the target."""
+    if problem.kind == "countdown":
+        return f"countdown:{sorted(problem.numbers)}->{problem.target}"
+    return "".join(problem.prompt.split())
+
+
+def _generated_source(source: str, size: int) -> tuple[str, str]:
+    """Name and options of a generated source "FAMILY:NAME?OPTIONS"."""
+    if size < 1:
+        raise UserError(f"data source {source!r}: is generated, so its size must be given")
+    name, _, options = source.partition(":")[2].partition("?")
+    return name, options
+
+
+def _countdown_source(source: str, size: int) -> tuple[str, dict[str, int]]:
+    """Split or stage of a Countdown source, and its options as countdown.py names them."""
+    name, query = _generated_source(source, size)
+    options = {"numbers": "3", "max": "20"} | dict(parse_qsl(query, keep_blank_values=True))
+    allowed = {"numbers": range(2, 9), "max": range(1, countdown.MAX_VALUE + 1)}
+    for option, text in options.items():
+        if not (text.isdecimal() and int(text) in allowed.get(option, ())):
+            limits = f"numbers from 2 to 8 and max from 1 to {countdown.MAX_VALUE}"
+            raise UserError(f"data source {source!r}: {option}={text}: the options are {limits}")
+    return name, {"num_numbers": int(options["numbers"]), "max_number": int(options["max"])}
+
+
 def _countdown_problem(numbers: tuple[int, ...], target: int) -> Problem:
-    return Problem(
-        id=f"countdown:{','.join(map(str, numbers))}->{target}",
-        prompt=countdown.question(numbers, target),
-        answer=str(target),
-        kind="countdown",
-        numbers=numbers,
-        target=target,
-    )
+    id_ = f"countdown:{','.join(map(str, numbers))}->{target}"
+    text = countdown.question(numbers, target)
+    game = {"kind": "countdown", "numbers": numbers, "target": target}
+    return Problem(id=id_, prompt=text, answer=str(target), **game)
 
 
 def _gym_problems(source: str, size: int, seed: int) -> list[Problem]:
-    name, _, options = source.removeprefix("reasoning_gym:").partition("?")
+    name, options = _generated_source(source, size)
     name, _, split = name.partition(":")
     if split not in ("", "heldout"):
-        raise ValueError(
-            f"data source {source!r}: expected reasoning_gym:TASK or reasoning_gym:TASK:heldout, and then ?option=value"
-        )
+        raise UserError(f"data source {source!r}: expected reasoning_gym:TASK[:heldout][?options]")
     task = f"{name}?{options}" if options else name
-    if size < 1:
-        raise ValueError(
-            f"data source {source!r}: its problems are generated, so their number must be given (got {size})"
-        )
-    entries = ask_worker("entries", [task, size, seed, split or "train"], GYM_GENERATION_S)
+    try:
+        entries = ask_worker("entries", [task, size, seed, split or "train"], GYM_GENERATION_S)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if entries is None:
-        raise ValueError(
-            f"data source {source!r}: {size} entries were not generated within {GYM_GENERATION_S:.0f} s"
+        raise UserError(f"data source {source!r}: took longer than {GYM_GENERATION_S:.0f} s")
+    problems = []
+    for index, text, answer in entries:
+        id_, entry = f"{name}:{seed}:{index}", (seed, index)
+        problems.append(
+            Problem(id=id_, prompt=text, answer=answer, kind="gym", task=task, entry=entry)
         )
-    return [
-        Problem(
-            id=f"{name}:{seed}:{index}",
-            prompt=question,
-            answer=answer,
-            kind="gym",
-            task=task,
-            entry=(seed, index),
+    return problems
+
+
+def _file_problems(source: str) -> list[Problem]:
+    """Each question of a file once, but none whose answers contradict each other."""
+    problems: dict[str, Problem] = {}  # by question_key
+    key_of_id: dict[str, str] = {}
+    contradicted: dict[str, str] = {}  # question_key -> place
+    unreadable, num_records = [], 0
+    for record, where in files.read_records(source):
+        num_records += 1
+        problem = _problem(record, where)
+        try:
+            check_gold(problem.answer)
+        except ValueError as error:
+            unreadable.append(f"\n  {where}: {error}")
+            continue
+        key = question_key(problem)
+        first = problems.setdefault(key, problem)
+        if key_of_id.setdefault(first.id, key) != key:
+            raise UserError(f"{where}: id {first.id!r} belongs to an earlier, different question")
+        equal = first.answer == problem.answer
+        if not (equal or judge(first.answer, problem.answer) == "correct"):
+            contradicted[key] = where
+    if unreadable:
+        raise UserError(
+            f"{source}: {len(unreadable)} of {num_records} gold answers are unreadable; correct or "
+            f"remove these records, of which at most 20 are shown:{''.join(unreadable[:20])}"
         )
-        for index, question, answer in entries
-    ]
+    if num_records > len(problems):
+        print(f"{source}: {num_records} records, of which {len(problems)} are different questions")
+    if contradicted:
+        place = next(iter(contradicted.values()))
+        count = f"{len(contradicted)} questions with contradicting answers"
+        print(f"{source}: {count} are left out, the first at {place}")
+    return [problem for key, problem in problems.items() if key not in contradicted]
 
 
 def _problem(record: dict, where: str) -> Problem:
@@ -193,23 +191,21 @@ def _problem(record: dict, where: str) -> Problem:
         try:
             return _countdown_problem(tuple(map(int, record["nums"])), int(record["target"]))
         except (TypeError, ValueError):
-            shown = f"nums = {record['nums']!r}, target = {record['target']!r}"
-            raise ValueError(
-                f"{where}: expected a list of integers and an integer, got {shown}"
-            ) from None
+            got = f"nums = {record['nums']!r}, target = {record['target']!r}"
+            raise UserError(f"{where}: expected a list of integers and an integer: {got}") from None
     prompt, context = files.question(record, where)
     answer, tolerance = files.gold_answer(record, where)
-    id_ = next(
-        (record[name] for name in files.ID_FIELDS if record.get(name) is not None), Path(where).name
-    )
+    ids = [record[name] for name in files.IDS if record.get(name) is not None]
+    id_ = str(ids[0]) if ids else Path(where).name
     return Problem(
-        id=str(id_), prompt=prompt, context=context, answer=answer, tolerance=tolerance, kind="math"
+        id=id_, prompt=prompt, context=context, answer=answer, tolerance=tolerance, kind="math"
     )
 
 
 def _subset(items: list, size: int, seed: int, source: str) -> list:
+    """size items drawn by seed, or all of them for size 0."""
     if size > len(items):
-        raise ValueError(f"data source {source}: {size} problems wanted, it holds {len(items)}")
+        raise UserError(f"data source {source}: {size} items wanted, it holds {len(items)}")
     if size == 0:
         return items
     return [items[i] for i in np.random.default_rng(seed).permutation(len(items))[:size]]

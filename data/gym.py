@@ -1,9 +1,11 @@
-"""Tasks of the reasoning-gym package, judged by its own scorers. Runs in worker processes of verify.py, limited in time and memory: the
-package's generators and scorers are not ours.
+"""Tasks of the reasoning-gym package, judged by its own scorers.
 
-A task is written "NAME" or "NAME?option=value&option=value"; the options are those of its reasoning-gym config.
+The package's code is not ours, so this module runs in worker processes with limits of time and
+memory (verify.py). A task is "NAME" or "NAME?option=value&option=value", with the options of its
+reasoning-gym config.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -12,13 +14,14 @@ from functools import lru_cache
 from urllib.parse import parse_qsl
 
 SPLITS = {"train": range(2, 10), "heldout": range(2)}  # tenths of all questions
-SIZE = 20_000  # entries of a seed, of which the first different ones are taken; an entry's own seed is the dataset's plus its index
+SIZE = 20_000  # entries that a seed may look at; entry i of a seed has the seed seed * SIZE + i
 
 
 def entries(task: str, size: int, seed: int, split: str) -> list[tuple[int, str, str]]:
-    """(index, question, answer) of size different entries of a split, drawn by seed; the splits share no question, for any seed.
+    """(index, question, answer) of size different entries of a split, drawn by seed.
 
-    Raises ValueError for an unknown task or option, or a task with too few different questions.
+    The splits share no question, for any seeds. Raises ValueError for an unknown task or option,
+    and for a task with too few different questions.
     """
     found: dict[str, tuple[int, str, str]] = {}
     for index in range(SIZE):
@@ -28,26 +31,19 @@ def entries(task: str, size: int, seed: int, split: str) -> list[tuple[int, str,
             found.setdefault(question, (index, question, str(entry["answer"])))
             if len(found) == size:
                 return list(found.values())
-    raise ValueError(
-        f"reasoning_gym:{task}: {len(found)} different {split} questions among {SIZE} entries, {size} wanted"
-    )
+    count = f"{len(found)} different {split} questions among {SIZE} entries"
+    raise ValueError(f"reasoning_gym:{task}: {count}, {size} wanted")
 
 
 def score(task: str, seed: int, index: int, answers: list[str]) -> float:
-    """The best score that the task's own scorer gives the answers; 1.0 is right, less is partly right or wrong."""
-    return max(_score(task, seed, index, answer) for answer in answers)
-
-
-def _score(task: str, seed: int, index: int, answer: str) -> float:
+    """The best score that the task's own scorer gives to one of the answers; 1.0 is right."""
     global _judged
-    dataset, entry = _dataset(task, seed), _entry(task, seed, index)
-    try:
-        _judged = answer
-        return float(dataset.score_answer(answer, entry))
-    except Exception:  # a scorer that stumbles over an answer has not found it right
-        return 0.0
-    finally:
-        _judged = ""
+    dataset, entry, scores = _dataset(task, seed), _entry(task, seed, index), [0.0]
+    for _judged in answers:
+        with contextlib.suppress(Exception):  # a scorer that fails has not found the answer right
+            scores.append(float(dataset.score_answer(_judged, entry)))
+    _judged = ""
+    return max(scores)
 
 
 @lru_cache(maxsize=64)
@@ -57,12 +53,13 @@ def _dataset(task: str, seed: int):
     except ImportError:
         raise ValueError("reasoning-gym is not installed: pip install reasoning-gym") from None
     name, _, query = task.partition("?")
+    options = {"size": SIZE}
     try:
-        options = {
-            key: _value(text)
-            for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-        }
-        return reasoning_gym.create_dataset(name, **({"size": SIZE} | options), seed=seed * SIZE)
+        for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
+            options[key] = text
+            with contextlib.suppress(json.JSONDecodeError):
+                options[key] = json.loads(text)
+        return reasoning_gym.create_dataset(name, **options, seed=seed * SIZE)
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"reasoning_gym:{task}: {error}") from None
 
@@ -72,15 +69,8 @@ def _entry(task: str, seed: int, index: int) -> dict:
     return _dataset(task, seed)[index]
 
 
-def _value(text: str):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-# ---- some scorers hand the answer to eval, or to sympy's parse_expr, which does. What they get to evaluate is plain arithmetic and lists.
-
+# Some scorers give the answer to eval, or to sympy's parse_expr, which calls eval. The audit hook
+# lets them evaluate plain arithmetic and lists only.
 _judged = ""  # the answer that a scorer is looking at
 _MATHS = re.compile("a?(sin|cos|tan)h?|sec|csc|cot|log|ln|exp|sqrt|[aA]bs")
 _ATTRIBUTE = re.compile(r"__|[\\#@`;{}]|\.\s*[^\W\d]")
@@ -88,18 +78,15 @@ _CALL = re.compile(r"(\w+|\S)?\s*\(")  # and what stands before the parenthesis
 
 
 def is_plain(text: str) -> bool:
-    """No attribute, no call but of a function of mathematics, and nothing from which either could be made."""
-    callers = (found[1] or "(" for found in _CALL.finditer(text))
-    return not _ATTRIBUTE.search(text) and all(
-        _MATHS.fullmatch(caller) or caller in "+-*/(,[=<>^|&~%" for caller in callers
-    )
+    """No attribute, no call except of mathematical functions, and no way to write either."""
+    callers = [found[1] or "(" for found in _CALL.finditer(text)]
+    plain = all(_MATHS.fullmatch(c) or c in "+-*/(,[=<>^|&~%" for c in callers)
+    return plain and not _ATTRIBUTE.search(text)
 
 
 def _guard(event: str, arguments: tuple) -> None:
     if event == "compile" and arguments[1] == "<string>" and not is_plain(_judged):
-        raise PermissionError(
-            "the scorer was going to evaluate an answer that is not plain arithmetic"
-        )
+        raise PermissionError("the scorer would evaluate an answer that is not plain arithmetic")
 
 
 sys.addaudithook(_guard)

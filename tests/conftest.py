@@ -58,5 +58,5 @@ SMALL_RUN = [
         "--rft.batch_size",
         "8",
     ),
-    *("--save_every", "1", "--rft.save_every", "2"),
+    *("--save_every", "1"),
 ]

@@ -1,4 +1,5 @@
-"""data/: games that can be solved and share nothing between splits, demonstrations with right arithmetic, errors that name the line."""
+"""data/: games that can be solved and share nothing between splits, demonstrations with right
+arithmetic, the public file formats, reasoning-gym, errors that name the place."""
 
 import itertools
 import json
@@ -10,7 +11,15 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
-from data import check_overlap, countdown, load_demonstrations, load_problems
+import rloop
+from config import UserError, load_config
+from data import (
+    countdown,
+    load_data,
+    load_demonstrations,
+    load_problems,
+    next_problems,
+)
 from data.tokenizer import Tokenizer
 from verify import verify, verify_many
 
@@ -33,19 +42,29 @@ def reachable(numbers: tuple) -> set[Fraction]:
 
 def test_games_are_solvable_and_need_search():
     """Fault: a game without a solution, or one that plain addition solves."""
-    for problem in load_problems("countdown:train", size=150, seed=3) + load_problems(
-        "countdown:heldout", size=50, countdown_numbers=4
-    ):
-        assert problem.target in reachable(problem.numbers) and problem.target != sum(
-            problem.numbers
-        )
-        assert 1 <= problem.target <= 99 and problem.prompt == countdown.question(
-            problem.numbers, problem.target
-        )
+    problems = load_problems("countdown:train", size=100, seed=3)
+    for problem in problems + load_problems("countdown:heldout?numbers=4", size=20):
+        assert problem.target in reachable(problem.numbers)
+        assert problem.target != sum(problem.numbers) and 1 <= problem.target <= 99
+        assert problem.prompt == countdown.question(problem.numbers, problem.target)
+
+
+def test_countdown_options():
+    """Fault: an option of a Countdown source is ignored, or the source without options is not the
+    task of the README's results."""
+    problems = load_problems("countdown:train?numbers=4&max=9", size=20)
+    assert all(len(p.numbers) == 4 and max(p.numbers) <= 9 for p in problems)
+    plain, stated = (
+        load_problems(f"countdown:train{options}", size=20) for options in ("", "?max=20&numbers=3")
+    )
+    assert plain == stated
+    ((question, _),) = load_demonstrations("countdown:skills?numbers=5", size=1)
+    assert len(question.partition("from")[2].split()) == 5
 
 
 def test_splits_share_no_numbers_for_any_seed():
-    """Fault: a held-out game, or the same numbers with another target, among the training games or demonstrations."""
+    """Fault: a held-out game, or the same numbers with another target, is among the training games
+    or demonstrations."""
     numbers = {
         split: {tuple(sorted(n)) for seed in range(3) for n, _ in
                 countdown.generate_games(split, size=300, seed=seed, num_numbers=3, max_number=20)}
@@ -61,7 +80,8 @@ def test_splits_share_no_numbers_for_any_seed():
 
 
 def test_games_are_unique_and_seeded():
-    """Fault: the same game twice (with its numbers in another order), or games that change from run to run."""
+    """Fault: the same game twice (with its numbers in another order), or games that change from run
+    to run."""
     problems = load_problems("countdown:train", size=400, seed=1)
     assert (
         len({(tuple(sorted(p.numbers)), p.target) for p in problems})
@@ -83,7 +103,8 @@ HELDOUT = ["countdown:2,15,13->43", "countdown:7,11,15->88", "countdown:3,5,18->
     ("stage", "wrong_targets", "in_order"), [("skills", 0.3, 1 / 3), ("habit", 1.0, 0.9 + 0.1 / 3)]
 )
 def test_demonstrations_have_right_arithmetic(stage, wrong_targets, in_order):
-    """Fault: the base policy is taught wrong arithmetic, or the shares of wrong targets and of the habit are not what they say."""
+    """Fault: the base policy is taught wrong arithmetic, or the shares of wrong targets and of the
+    habit are not those of STAGES."""
     demos = countdown.generate_demonstrations(
         stage, size=4000, seed=0, num_numbers=3, max_number=20
     )
@@ -128,7 +149,7 @@ def test_tokenizer_round_trip():
 
 def test_text_outside_the_vocabulary_is_an_error():
     """Fault: unknown words vanish from the prompt in silence."""
-    with pytest.raises(ValueError, match="cannot tokenize 'make 100 from 3'"):
+    with pytest.raises(UserError, match="cannot tokenize 'make 100 from 3'"):
         Tokenizer(BASE).encode("make 100 from 3")
 
 
@@ -145,7 +166,7 @@ def test_eos_of_every_file_stops(tmp_path):
 def test_checkpoint_without_eos_is_an_error(tmp_path):
     """Fault: no stop token, so every response is cut off and scores 0."""
     (tmp_path / "tokenizer.json").write_text((BASE / "tokenizer.json").read_text())
-    with pytest.raises(ValueError, match="EOS"):
+    with pytest.raises(UserError, match="EOS"):
         Tokenizer(tmp_path)
 
 
@@ -153,17 +174,19 @@ def test_jsonl_problems(tmp_path):
     """Fault: numeric answers or the question alias are refused, or blank lines count."""
     file = tmp_path / "p.jsonl"
     file.write_text(
-        '{"problem": "1+1?", "answer": "2", "id": "a"}\n\n{"question": "2+2?", "answer": 4}\n',
+        '{"problem": "1+1?", "answer": "2", "id": "a"}\n\n{"question": "2+2?", "answer": 4}\n'
+        '{"problem": "3+3?", "answer": "6", "unique_id": "t/1"}\n',
         encoding="utf-8",
     )
     problems = load_problems(str(file))
     assert [(p.id, p.prompt, p.answer, p.kind) for p in problems] == [
         ("a", "1+1?", "2", "math"),
         ("p.jsonl:3", "2+2?", "4", "math"),
+        ("t/1", "3+3?", "6", "math"),
     ]
     assert len(load_problems(str(file), size=1, seed=5)) == 1
-    with pytest.raises(ValueError, match="3 problems wanted, it holds 2"):
-        load_problems(str(file), size=3)
+    with pytest.raises(UserError, match="4 items wanted, it holds 3"):
+        load_problems(str(file), size=4)
 
 
 @pytest.mark.parametrize(
@@ -171,50 +194,67 @@ def test_jsonl_problems(tmp_path):
     [
         (
             '{"problem": "y", "answer": "2", "id": "a"}',
-            "p.jsonl:2: id 'a' stands in the file twice",
+            "p.jsonl:2: id 'a' belongs to an earlier, different question",
         ),
-        ('{"problem": "x", "answer": "1"', "p.jsonl:2: not valid JSON"),
+        ('{"problem": "x", "answer": "1"', "p.jsonl:2: not valid .jsonl"),
         ('["x"]', "p.jsonl:2: expected an object"),
         ('{"problem": "x"}', "p.jsonl:2: has no 'answer'"),
         ('{"problem": " ", "answer": "1"}', "p.jsonl:2: has no 'problem'"),
         ('{"problem": "x", "answer": null}', "p.jsonl:2: has no 'answer'"),
-        ('{"problem": "x", "answer": "\\\\frac{1}{"}', "p.jsonl:2: field 'answer': gold answer"),
+        ('{"problem": "x", "answer": "\\\\frac{1}{"}', "p.jsonl:2: gold answer"),
     ],
 )
 def test_broken_line_names_file_and_line(tmp_path, line, message):
-    """Fault: a broken record is skipped, problems of one id merge, or the error does not say where it is."""
+    """Fault: a broken record is skipped, problems of one id merge, or the error does not say where
+    it is."""
     file = tmp_path / "p.jsonl"
     file.write_text('{"problem": "x", "answer": "1", "id": "a"}\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         load_problems(str(file))
 
 
 DAPO_PROMPT = (
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes) "
-    'where $Answer is the answer to the problem.\n\nWhat is $2+3$?\n\nRemember to put your answer on its own line after "Answer:".'
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    'What is $2+3$?\n\nRemember to put your answer on its own line after "Answer:".'
 )
+BOXES = r"First $\boxed{1}$ apple. Then \boxed{\frac{1}{2}}."
+GSM8K = "He has 2 * 617 = <<2*617=1234>>1,234 eggs.\n#### 1,234"
+MINERVA = r"\[ v = \boxed{1.6} \mathrm{~cm} \]"
+VERL = {
+    "data_source": "math_dapo",
+    "prompt": [{"role": "user", "content": "Q"}],
+    "ability": "MATH",
+    "reward_model": {"ground_truth": "34", "style": "rule"},
+    "extra_info": {"index": "a-1"},
+}
+DAPO = {
+    "prompt": [{"role": "user", "content": DAPO_PROMPT}],
+    "reward_model": {"ground_truth": "5"},
+}
+OLYMPIAD = {"question": "Q", "final_answer": ["$\\frac{41}{12}$"], "unit": "km", "error": ""}
 FORMATS = {  # record -> question, answer
-    "MATH": ({"problem": "P", "solution": r"First $\boxed{1}$ apple. Then \boxed{\frac{1}{2}}.", "level": "Level 5"}, "P", r"\frac{1}{2}"),
-    "MATH-500": ({"problem": "P", "solution": r"\boxed{9}", "answer": "8", "subject": "Algebra", "unique_id": "test/1.json"}, "P", "8"),
-    "GSM8K": ({"question": "Q", "answer": "He has 2 * 617 = <<2*617=1234>>1,234 eggs.\n#### 1,234"}, "Q", "1,234"),
-    "AMC23": ({"id": 0, "problem": "P", "answer": 27.0, "url": "u", "question": "P"}, "P", "27"),
+    "MATH": ({"problem": "P", "solution": BOXES, "level": "Level 5"}, "P", r"\frac{1}{2}"),
+    "MATH-500": ({"problem": "P", "solution": r"\boxed{9}", "answer": "8", "level": 5}, "P", "8"),
+    "GSM8K": ({"question": "Q", "answer": GSM8K}, "Q", "1,234"),
+    "AMC23": ({"id": 0, "problem": "P", "answer": 27.0, "question": "P"}, "P", "27"),
     "AIME25": ({"question": "Q", "answer": "070"}, "Q", "070"),
-    "Minerva": ({"problem": "P", "solution": r"\[ v = \boxed{1.6} \mathrm{~cm} \]", "type": "Physics", "idx": 0}, "P", "1.6"),
+    "Minerva": ({"problem": "P", "solution": MINERVA, "type": "Physics", "idx": 0}, "P", "1.6"),
     "percent behind the box": ({"problem": "P", "solution": r"Hence \boxed{12}\%."}, "P", r"12\%"),
-    "OlympiadBench": ({"id": 1606, "question": "Q", "final_answer": ["$2^{9}$"], "unit": None, "error": None}, "Q", "$2^{9}$"),
-    "OlympiadBench unit": ({"question": "Q", "final_answer": ["$\\frac{41}{12}$"], "unit": "km", "error": ""}, "Q", r"\frac{41}{12} km"),
-    "OlympiadBench list": ({"question": "Q", "final_answer": ["1", "-1"], "unit": ""}, "Q", "1, -1"),
-    "Omni-MATH": ({"problem": "P", "answer": "\\(2n\\)", "difficulty": 8.0, "domain": ["Mathematics -> Algebra"]}, "P", "\\(2n\\)"),
-    "verl": ({"data_source": "math_dapo", "prompt": [{"role": "user", "content": "Q"}], "ability": "MATH",
-              "reward_model": {"ground_truth": "34", "style": "rule"}, "extra_info": {"index": "a-1"}}, "Q", "34"),
-    "DAPO-Math-17k": ({"prompt": [{"role": "user", "content": DAPO_PROMPT}], "reward_model": {"ground_truth": "5"}}, "What is $2+3$?", "5"),
+    "OlympiadBench": ({"question": "Q", "final_answer": ["$2^{9}$"], "unit": None}, "Q", "$2^{9}$"),
+    "OlympiadBench unit": (OLYMPIAD, "Q", r"\frac{41}{12} km"),
+    "OlympiadBench list": ({"question": "Q", "final_answer": ["1", "-1"]}, "Q", "1, -1"),
+    "Omni-MATH": ({"problem": "P", "answer": "\\(2n\\)", "difficulty": 8.0}, "P", "\\(2n\\)"),
+    "verl": (VERL, "Q", "34"),
+    "DAPO-Math-17k": (DAPO, "What is $2+3$?", "5"),
     "plain prompt": ({"prompt": "Q", "ground_truth": 0.5}, "Q", "0.5"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("record", "question", "answer"), FORMATS.values(), ids=FORMATS)
 def test_every_public_format(tmp_path, record, question, answer):
-    """Fault: a data set that users have does not load, or its gold is a whole solution, a list's text, 27.0 or the wrong \\boxed."""
+    """Fault: a data set that users have does not load, or its gold is a whole solution, a list's
+    text, 27.0 or the wrong box."""
     (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     (tmp_path / "p.json").write_text(json.dumps([record]), encoding="utf-8")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "p.parquet")
@@ -228,7 +268,8 @@ def test_every_public_format(tmp_path, record, question, answer):
 
 
 def test_csv(tmp_path):
-    """Fault: quoted commas and line breaks split a record, or a short line loses its answer silently."""
+    """Fault: quoted commas and line breaks split a record, or a short line loses its answer
+    silently."""
     file = tmp_path / "p.csv"
     file.write_text('question,answer\n"What is 1+1,\nplease?",2\n3+3?,6\n', encoding="utf-8")
     assert [(p.prompt, p.answer) for p in load_problems(str(file))] == [
@@ -236,16 +277,16 @@ def test_csv(tmp_path):
         ("3+3?", "6"),
     ]
     file.write_text("question,answer\n1+1?\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="p.csv:2: has another number of fields"):
+    with pytest.raises(UserError, match="p.csv: line 2 has another number of fields"):
         load_problems(str(file))
 
 
 def test_countdown_tasks_file(tmp_path):
-    """Fault: nums and target are not read, or the same game with its numbers in another order counts twice."""
+    """Fault: nums and target are not read, or the same game with its numbers in another order
+    counts twice."""
     file = tmp_path / "c.jsonl"
-    file.write_text(
-        '{"nums": [44, 19, 35], "target": 98}\n{"nums": [19, 35, 44], "target": 98}\n{"nums": [1, 2], "target": 3}\n'
-    )
+    games = [([44, 19, 35], 98), ([19, 35, 44], 98), ([1, 2], 3)]
+    file.write_text("".join(json.dumps({"nums": n, "target": t}) + "\n" for n, t in games))
     problems = load_problems(str(file))
     assert [(p.kind, p.numbers, p.target) for p in problems] == [
         ("countdown", (44, 19, 35), 98),
@@ -253,12 +294,13 @@ def test_countdown_tasks_file(tmp_path):
     ]
     assert verify(problems[0], "44 + 19 + 35").correct
     file.write_text('{"nums": "many", "target": 98}\n')
-    with pytest.raises(ValueError, match="c.jsonl:1: expected a list of integers"):
+    with pytest.raises(UserError, match="c.jsonl:1: expected a list of integers"):
         load_problems(str(file))
 
 
 def test_tolerance_of_olympiadbench(tmp_path):
-    """Fault: the data set's error field is ignored, or a tolerance accepts what lies outside it, or in another unit."""
+    """Fault: the data set's error field is ignored, or a tolerance accepts what lies outside it, or
+    in another unit."""
     file = tmp_path / "o.jsonl"
     file.write_text('{"question": "Q", "final_answer": ["4.2"], "unit": "%", "error": "1e-1"}\n')
     (problem,) = load_problems(str(file))
@@ -272,12 +314,13 @@ def test_tolerance_of_olympiadbench(tmp_path):
     ):
         assert verify(problem, rf"\boxed{{{answer}}}").correct == correct, answer
     file.write_text('{"question": "Q", "final_answer": ["4.2"], "error": "small"}\n')
-    with pytest.raises(ValueError, match="o.jsonl:1: field 'error'"):
+    with pytest.raises(UserError, match="o.jsonl:1: field 'error'"):
         load_problems(str(file))
 
 
 def test_repeated_questions_are_counted_and_left_out(tmp_path, capsys):
-    """Fault: DAPO's AIME-2024 counts each problem 32 times, or of two contradictory answers one is made the gold."""
+    """Fault: DAPO's AIME-2024 counts each problem 32 times, or one of two contradictory answers
+    becomes the gold."""
     file = tmp_path / "p.jsonl"
     rows = [
         ("1 + 1?", "2"),
@@ -294,23 +337,22 @@ def test_repeated_questions_are_counted_and_left_out(tmp_path, capsys):
     ]
     printed = capsys.readouterr().out
     assert (
-        "6 records, 3 different questions" in printed
-        and "1 questions are left out" in printed
+        "6 records, of which 3 are different questions" in printed
+        and "1 questions with contradicting answers are left out, the first at" in printed
         and "p.jsonl:5" in printed
     )
 
 
-def test_train_eval_overlap_is_refused(tmp_path):
+def test_train_eval_overlap_is_refused(countdown_toml, tmp_path):
     """Fault: held-out accuracy is measured on training questions."""
-    file = tmp_path / "p.jsonl"
-    file.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?", "answer": "4"}\n')
-    problems = load_problems(str(file))
-    check_overlap(problems[:1], problems[1:], "a", "b")
-    with pytest.raises(
-        ValueError,
-        match=r"1 of the 1 questions of data.eval = 'b' are among those of data.train = 'a', first 'p.jsonl:2'",
-    ):
-        check_overlap(problems, problems[1:], "a", "b")
+    train, heldout = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    train.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?", "answer": "4"}\n')
+    heldout.write_text('{"problem": "3+3?", "answer": "6"}\n{"problem": "2 + 2?", "answer": "4"}\n')
+    options = ["--data.train_size", "0", "--data.eval_size"]
+    options = [*options, "0", "--data.train", str(train), "--data.eval", str(heldout)]
+    message = "1 of 2 questions of data.eval are also in data.train, the first is 'eval.jsonl:2'"
+    with pytest.raises(UserError, match=message):
+        load_data(load_config(countdown_toml, options))
 
 
 @pytest.mark.parametrize(
@@ -335,43 +377,46 @@ def test_train_eval_overlap_is_refused(tmp_path):
         ),
         (
             {"prompt": "Q", "reward_model": {"ground_truth": "\\frac{1"}},
-            "field 'reward_model.ground_truth': gold answer",
+            "gold answer '\\\\frac{1'",
         ),
         ({"problem": "P", "answer": {"value": 1}}, "field 'answer': expected text"),
     ],
 )
 def test_broken_field_is_named(tmp_path, record, message):
-    """Fault: a record of a known format with a broken field becomes a problem that nothing solves, or that anything solves."""
+    """Fault: a record of a known format with a broken field becomes a problem that nothing solves,
+    or that anything solves."""
     (tmp_path / "p.json").write_text(json.dumps([{"problem": "ok", "answer": "1"}, record]))
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         load_problems(str(tmp_path / "p.json"))
-    assert "p.json[1]" in str(error.value)
+    assert "p.json:2: " in str(error.value)
 
 
 def test_every_unreadable_gold_is_listed(tmp_path):
-    """Fault: a data set with three unreadable gold answers is mended in three rounds of one error each."""
+    """Fault: a data set with three unreadable gold answers takes three runs to correct."""
     golds = ["1", "\\frac{1", "2", "", "3)("]
     (tmp_path / "p.json").write_text(
         json.dumps([{"problem": f"P{i}", "answer": gold or "{{"} for i, gold in enumerate(golds)])
     )
-    with pytest.raises(ValueError, match="3 of 5 records are to be mended") as error:
+    with pytest.raises(UserError, match="3 of 5 gold answers are unreadable") as error:
         load_problems(str(tmp_path / "p.json"))
-    assert all(f"p.json[{i}]: field 'answer'" in str(error.value) for i in (1, 3, 4))
+    assert all(f"p.json:{i}: gold answer" in str(error.value) for i in (2, 4, 5))
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.json", '{"problem": "P", "answer": "1"}', "expected an array of records"),
-        ("p.json", "[1, 2", "not valid JSON"),
-        ("p.jsonl", "", "holds no records"),
-        ("p.parquet", "PAR", "not a readable parquet file"),
+        ("p.json", '{"data": [{"problem": "P", "answer": "1"}]}', "p.json:1: has no 'problem'"),
+        ("p.json", "3", "p.json:1: expected an object"),
+        ("p.jsonl", '{"problem": "P", "answer": NaN}', "field 'answer': expected text, got 'nan'"),
+        ("p.json", "[1, 2", "not valid .json"),
+        ("p.jsonl", "\n", "holds no records"),
+        ("p.parquet", "PAR", "not valid .parquet"),
     ],
 )
 def test_broken_file_is_an_error(tmp_path, name, text, message):
     """Fault: a traceback of a library, or an empty training set."""
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_problems(str(tmp_path / name))
 
 
@@ -385,11 +430,35 @@ def test_system_message_is_kept(tmp_path):
     assert problem.prompt == "Q" and problem.context == (("system", "Be brief."),)
 
 
+def test_data_of_a_run(countdown_toml):
+    """Fault: seeds are compared on different held-out problems, or share one training set."""
+    overrides = ["--data.train_size", "20", "--data.eval_size", "10", "--seed"]
+    (train, heldout), (other_train, other_heldout) = (
+        load_data(load_config(countdown_toml, [*overrides, seed])) for seed in "01"
+    )
+    assert heldout == other_heldout and train != other_train
+    evaluation = load_config(countdown_toml, [*overrides, "1", "--method", "eval"])
+    assert load_data(evaluation) == ([], heldout)
+
+
+def test_stream_of_problems():
+    """Fault: a problem is missed or repeated within a pass, every pass has the same order, or a
+    continued run draws other problems."""
+    problems = load_problems("countdown:train", size=10)
+    stream = next_problems(problems, 0, 20, seed=1)
+    passes = [[problem.id for problem in part] for part in (stream[:10], stream[10:])]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(problem.id for problem in problems)
+    assert passes[0] != passes[1]
+    assert next_problems(problems, 0, 7, 1) + next_problems(problems, 7, 13, 1) == stream
+    assert next_problems(problems, 0, 20, seed=2) != stream
+
+
 # ---- reasoning-gym
 
 
 def test_gym_splits_share_no_question():
-    """Fault: a held-out question among the training questions, or questions that change from process to process."""
+    """Fault: a held-out question among the training questions, or questions that change from
+    process to process."""
     options = "?min_terms=2&max_terms=2&min_digits=1&max_digits=2"
     train = [
         load_problems("reasoning_gym:chain_sum" + options, size=200, seed=seed) for seed in (0, 1)
@@ -423,7 +492,8 @@ GYM_HELDOUT = [
     ],
 )
 def test_gym_scorer_decides(task):
-    """Fault: the reference answer of a task is not right, or a partly right one is (scorers give those 0.01 and more)."""
+    """Fault: the reference answer of a task is not right, or a partly right one is (scorers give
+    those 0.01 and more)."""
     problems = load_problems(f"reasoning_gym:{task}", size=3, seed=2)
     right = verify_many(problems, [f"Let me think.\n<answer>{p.answer}</answer>" for p in problems])
     assert [v.reason for v in right] == ["correct"] * 3
@@ -432,7 +502,8 @@ def test_gym_scorer_decides(task):
 
 
 def test_gym_answer_in_words_or_boxed():
-    """Fault: only one way of giving an answer counts, or a marked wrong answer is saved by a right number elsewhere."""
+    """Fault: only one way of giving an answer counts, or a marked wrong answer is saved by a right
+    number elsewhere."""
     (problem,) = load_problems("reasoning_gym:chain_sum?max_digits=1", size=1)
     good = [problem.answer, f"The answer is {problem.answer}.", rf"\boxed{{{problem.answer}}}"]
     bad = ["", f"<answer>123</answer> {problem.answer}", "The answer is 123."]
@@ -476,7 +547,7 @@ def test_gym_scorer_is_killed_at_its_deadline():
         (
             "reasoning_gym:chain_sum:test",
             3,
-            "expected reasoning_gym:TASK or reasoning_gym:TASK:heldout",
+            "expected reasoning_gym:TASK[:heldout][?options]",
         ),
         ("reasoning_gym:chain_sum", 0, "must be given"),
         (
@@ -488,7 +559,7 @@ def test_gym_scorer_is_killed_at_its_deadline():
 )
 def test_bad_gym_source_is_an_error(source, size, message):
     """Fault: a traceback of the worker, or an endless search for questions that do not exist."""
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         load_problems(source, size=size)
 
 
@@ -497,16 +568,21 @@ def test_bad_gym_source_is_an_error(source, size, message):
     [
         ("countdown:test", 5, "unknown split"),
         ("countdown:train", 0, "must be given"),
-        ("no.jsonl", 0, "not found"),
+        ("countdown:train?number=4", 5, "number=4: the options are"),
+        ("countdown:train?numbers", 5, "numbers=: the options are"),
+        ("countdown:train?numbers=-4", 5, "numbers=-4: the options are"),
+        ("countdown:train?numbers=9", 5, "numbers=9: the options are"),
+        ("countdown:train?max=100", 5, "max=100: the options are"),
+        ("no.jsonl", 0, "expected countdown:SPLIT, reasoning_gym:TASK or an existing .jsonl"),
         (
             "problems.xlsx",
             0,
-            "expected countdown:SPLIT, reasoning_gym:TASK or a file ending in .jsonl",
+            "expected countdown:SPLIT, reasoning_gym:TASK or an existing .jsonl",
         ),
     ],
 )
 def test_bad_source_is_an_error(source, size, message):
-    """Fault: a traceback for a mistyped source."""
+    """Fault: a traceback for a mistyped source, or an option that is silently ignored."""
     with pytest.raises(ValueError, match=re.escape(message)):
         load_problems(source, size=size)
 
@@ -514,7 +590,7 @@ def test_bad_source_is_an_error(source, size, message):
 def test_exhausted_split_is_an_error():
     """Fault: an endless search for games that do not exist."""
     with pytest.raises(ValueError, match="games of 3 numbers up to 4 found, 500 wanted"):
-        load_problems("countdown:train", size=500, countdown_max=4)
+        load_problems("countdown:train?max=4", size=500)
 
 
 def test_demonstrations_from_a_file(tmp_path):
@@ -523,5 +599,29 @@ def test_demonstrations_from_a_file(tmp_path):
     file.write_text('{"problem": "1+1?", "response": "2"}\n', encoding="utf-8")
     assert load_demonstrations(str(file)) == [("1+1?", "2")]
     file.write_text('{"problem": "1+1?"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="d.jsonl:1: has no 'response'"):
+    with pytest.raises(UserError, match="d.jsonl:1: has no 'response'"):
         load_demonstrations(str(file))
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "message"),
+    [("countdown:train", 5, "countdown:skills"), ("countdown:habit", 0, "must be given")],
+)
+def test_bad_demonstrations_are_an_error(source, size, message):
+    """Fault: method "sft" with the default data.train fine-tunes on nothing, or on problems."""
+    with pytest.raises(ValueError, match=message):
+        load_demonstrations(source, size=size)
+
+
+def test_sft_learns_the_demonstrations_of_data_train(tmp_path):
+    """Fault: method "sft" has no source of demonstrations, or takes another number of them."""
+    overrides = "--data.train_size 40 --rft.batch_size 16 --data.eval_size 2 --eval.num_samples 2"
+    overrides += f" --model.path {BASE}"
+    cfg = load_config(
+        ROOT / "configs" / "countdown_base.toml",
+        [*overrides.split(), "--run_dir", str(tmp_path / "run")],
+    )
+    rloop.run_method(cfg)
+    records = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert sum(record["phase"] == "rft" for record in records) == 3  # 40 in batches of 16
+    assert (tmp_path / "run/policies/sft/model.safetensors").exists()

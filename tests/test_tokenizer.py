@@ -1,4 +1,5 @@
-"""data/tokenizer.py against transformers: ids of plain and chat prompts, the chat template's text, stop ids."""
+"""data/tokenizer.py against transformers: ids of plain and chat prompts, text of the chat
+template, stop ids."""
 
 import json
 
@@ -8,19 +9,27 @@ from conftest import ROOT
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+from config import UserError
 from data.tokenizer import Tokenizer
 
 CORPUS = [
     "What is 12 + 345 = 357? The quick brown fox jumps over the lazy dog, and then it's over.\n\n",
-    "Please reason step by step, and put your final answer within \\boxed{}. Nombre naïf, größer, 数学题, 😀.\n",
-    "system user assistant You are a helpful assistant. Cutting Knowledge Date: 2024\tdef f(x):\n    return x\n",
+    "Please reason step by step, and put your final answer within \\boxed{}. "
+    "Nombre naïf, größer, 数学题, 😀.\n",
+    "system user assistant You are a helpful assistant. Cutting Knowledge Date: 2024\t"
+    "def f(x):\n    return x\n",
 ]
 TEXTS = [
-    "", " ", "  two leading spaces", "trailing ", "\n", "\n\n \n", "What is 12345678901234567890?", "it's WHAT'LL 1,234.5e-6",
-    "größer naïve e\u0301 \u2212", "数学题 😀👩\u200d🚀", "<s>hi</s> there", "a<|eot|>b", " <|eot|> c\n<|bos|>", "<|bos|><|bos|>x",
-    "\\boxed{\\frac{1}{2}}\t$x$", "\u00a0\ufeff\x00", "<|eo|t>",
-]  # fmt: skip
-QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    *("", " ", "  two leading spaces", "trailing ", "\n", "\n\n \n"),
+    *("What is 12345678901234567890?", "it's WHAT'LL 1,234.5e-6"),
+    *("größer naïve e\u0301 \u2212", "数学题 😀👩\u200d🚀", "<s>hi</s> there", "a<|eot|>b"),
+    *(" <|eot|> c\n<|bos|>", "<|bos|><|bos|>x", "\\boxed{\\frac{1}{2}}\t$x$"),
+    *("\u00a0\ufeff\x00", "<|eo|t>"),
+]
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIALS = ["<|bos|>", "<|eot|>", "<|end|>"]
 LLAMA2_SPECIALS = ["<unk>", "<s>", "</s>"]
 
@@ -137,7 +146,8 @@ def write_checkpoint(path, name: str = "llama3", **config) -> None:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_ids_equal_transformers(name, tmp_path):
-    """Fault: a base model's prompt lacks its BOS, a chat's gets a second one, or special tokens in the text are cut into letters."""
+    """Fault: a base model's prompt lacks its BOS, a chat's gets a second one, or special tokens in
+    the text are cut into letters."""
     write_checkpoint(tmp_path, name)
     ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [*TEXTS, *CORPUS, "".join(TEXTS) * 20]:
@@ -154,33 +164,8 @@ def test_embedded_tokenizer_ids_are_pinned():
     tokenizer = Tokenizer(ROOT / "data" / "countdown_base")
     theirs = transformers.AutoTokenizer.from_pretrained(ROOT / "data" / "countdown_base")
     text = "make 16 from 3 5 20: 3 + 5 = 8, 8 * (2 / 1) - 0 = 16<eos>"
-    expected = [
-        1,
-        28,
-        2,
-        15,
-        17,
-        32,
-        3,
-        15,
-        6,
-        17,
-        5,
-        20,
-        4,
-        20,
-        8,
-        10,
-        14,
-        9,
-        13,
-        11,
-        7,
-        12,
-        5,
-        28,
-        0,
-    ]
+    expected = "1 28 2 15 17 32 3 15 6 17 5 20 4 20 8 10 14 9 13 11 7 12 5 28 0"
+    expected = [int(i) for i in expected.split()]
     assert (
         tokenizer.encode(text)
         == tokenizer.encode(text, add_special_tokens=True)
@@ -190,7 +175,8 @@ def test_embedded_tokenizer_ids_are_pinned():
 
 
 def test_settings_of_training_do_not_cut_prompts(tmp_path):
-    """Fault: truncation or padding stored in tokenizer.json cuts every prompt to 8 tokens, or fills it up, in silence."""
+    """Fault: truncation or padding stored in tokenizer.json cuts every prompt to 8 tokens, or fills
+    it up, in silence."""
     write_checkpoint(tmp_path)
     expected = Tokenizer(tmp_path).encode(CORPUS[0], add_special_tokens=True)
     stored = HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -204,8 +190,9 @@ def test_settings_of_training_do_not_cut_prompts(tmp_path):
 
 
 def test_named_special_token_is_special(tmp_path):
-    """Fault: an EOS or BOS that tokenizer.json holds as a plain entry is cut up in a chat and shown in the response's text; or a name
-    that the vocabulary lacks gets an id behind the model's embedding."""
+    """Fault: an EOS or BOS that tokenizer.json holds as a plain entry is cut up in a chat and shown
+    in the response's text; or a name that the vocabulary lacks gets an id behind the model's
+    embedding."""
     vocabulary = {"<s>": 0, "</s>": 1, **{c: i for i, c in enumerate("</s>abcd ", start=2)}}
     HFTokenizer(models.BPE(vocabulary, [])).save(str(tmp_path / "tokenizer.json"))
     names = {
@@ -222,15 +209,17 @@ def test_named_special_token_is_special(tmp_path):
 
 @pytest.mark.parametrize("bad", ["{", "[]", '{"version": "1.0"}'])
 def test_broken_tokenizer_file_is_named(bad, tmp_path):
-    """Fault: a bare exception of the tokenizers library, without the file, reaches the user as a traceback."""
+    """Fault: a bare exception of the tokenizers library, without the file, reaches the user as a
+    traceback."""
     (tmp_path / "tokenizer.json").write_text(bad)
-    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer"):
+    with pytest.raises(UserError, match="tokenizer.json: not a tokenizer"):
         Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
 def test_stop_ids_are_the_union(where, tmp_path):
-    """Fault: Qwen2.5's second EOS (a base model that chats, or the other way round) does not end a response."""
+    """Fault: Qwen2.5's second EOS (a base model that chats, or the other way round) does not end a
+    response."""
     write_checkpoint(tmp_path, "qwen")
     ids = [Tokenizer(tmp_path).encode(token)[0] for token in SPECIALS]
     (tmp_path / where).write_text(json.dumps({"eos_token_id": [ids[2], ids[1]]}))
@@ -245,7 +234,8 @@ def test_stop_ids_are_the_union(where, tmp_path):
     [("<|eot|>", ["<|eot|>", "<|end|>"]), ("", ["<|end|>"]), (" .", ["<|end|>"])],
 )
 def test_end_of_a_turn_stops_a_chat(end, expected, tmp_path):
-    """Fault: a base model (EOS <|endoftext|>) that chats (<|im_end|>) never stops, or stops at the plain text behind a message."""
+    """Fault: a base model (EOS <|endoftext|>) that chats (<|im_end|>) never stops, or stops at the
+    plain text behind a message."""
     write_checkpoint(
         tmp_path, "qwen", eos_token="<|end|>", chat_template=CHATML.replace("<|eot|>", end)
     )
@@ -255,7 +245,7 @@ def test_end_of_a_turn_stops_a_chat(end, expected, tmp_path):
     assert Tokenizer(tmp_path).stop_ids == {ids[-1]}
 
 
-# --------------------------------------------------------------------------------------------------------------- chat template
+# ---- chat template
 
 CHATML = """{%- for message in messages %}
     {%- if loop.first and message.role != 'system' %}
@@ -282,7 +272,8 @@ HEADERS = """{{- bos_token }}
 {{- system + "<|eot|>" }}
 {%- for message in messages %}
     {%- if not (message.role == 'ipython' or 'tool_calls' in message) %}
-        {{- '<|start|>' + message['role'] + '<|stop|>\\n\\n'+ message['content'] | trim + '<|eot|>' }}
+        {{- '<|start|>' + message['role'] + '<|stop|>\\n\\n'
+            + message['content'] | trim + '<|eot|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -296,7 +287,8 @@ THINKING = """{%- if tools %}
 {%- set ns = namespace(searching=true, last=messages|length - 1) %}
 {%- for message in messages[::-1] %}
     {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.searching and message.role == "user" and not(message.content.startswith('<r>') and message.content.endswith('</r>')) %}
+    {%- if ns.searching and message.role == "user"
+            and not(message.content.startswith('<r>') and message.content.endswith('</r>')) %}
         {%- set ns.searching = false %}
         {%- set ns.last = index %}
     {%- endif %}
@@ -309,15 +301,18 @@ THINKING = """{%- if tools %}
         {%- if '</think>' in content %}
             {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}
-        {{- '<|bos|>assistant\\n' + content + (' LAST' if loop.index0 > ns.last else '') + '<|end|>\\n' }}
+        {{- '<|bos|>assistant\\n' + content
+            + (' LAST' if loop.index0 > ns.last else '') + '<|end|>\\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|bos|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}"""
 ALTERNATING = """{{ bos_token }}
-{%- if messages[0]['role'] == 'system' %}{% set offset = 1 %}{% else %}{% set offset = 0 %}{% endif %}
+{%- if messages[0]['role'] == 'system' %}{% set offset = 1 %}
+{%- else %}{% set offset = 0 %}{% endif %}
 {% for message in messages %}
     {% if message['role'] == 'system' %}
         {% continue %}
@@ -325,9 +320,11 @@ ALTERNATING = """{{ bos_token }}
         {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
     {% endif %}
     {% if message['role'] == 'user' %}
-  [INST] {{ (messages[0]['content'] + '\n\n' if offset and loop.last else '') + message['content'] }} [/INST]
+  [INST] {{ (messages[0]['content'] + '\n\n' if offset and loop.last else '')
+        + message['content'] }} [/INST]
     {% else %}
-{% generation %}{% set mark = 'x' %}{{ ' ' ~ message['content'] ~ eos_token }}{% endgeneration %}{{ mark }}
+{% generation %}{% set mark = 'x' %}{{ ' ' ~ message['content'] ~ eos_token
+        }}{% endgeneration %}{{ mark }}
     {% endif %}
 {% endfor %}"""
 ODDS = """{# a comment #}
@@ -336,7 +333,8 @@ ODDS = """{# a comment #}
     {{ turn(message, tail=eos_token) }}{{ dict(a=1, b=message.content) | tojson(indent=1) }}
     {% if loop.index > 2 %}{% break %}{% endif %}
   {% endfor %}
-{{ unk_token }}|{{ pad_token }}|{{ sep_token is defined }}|{{ documents is none }}|{{ missing }}|{{ 'name' in messages[-1] }}
+{{ unk_token }}|{{ pad_token }}|{{ sep_token is defined }}|{{ documents is none }}|{{ missing }}
+
 {{ messages | map(attribute='content') | join('&') | upper }}
 """
 TEMPLATES = {
@@ -350,7 +348,7 @@ CHATS = [
     [{"role": "user", "content": "What is 12 + 345?"}],
     [
         {"role": "system", "content": "  Be <b>brief</b> & 'exact'.\n"},
-        {"role": "user", "content": " 2 < 3?\n", "name": None},
+        {"role": "user", "content": " 2 < 3?\n"},
     ],
     [
         {"role": "user", "content": "größer 😀 <|eot|>"},
@@ -366,8 +364,9 @@ CHATS = [
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", ["llama3", "llama2"])
 def test_chat_equals_transformers(name, template, chat, tmp_path):
-    """Fault: white space control, a variable, a filter, a tag or a special token differs from how the model was trained, or BOS comes
-    twice: the policy starts worse than it is, and nothing says so."""
+    """Fault: white space control, a variable, a filter, a tag or a special token differs from how
+    the model was trained, or BOS comes twice: the policy starts worse than it is, and nothing says
+    so."""
     write_checkpoint(tmp_path, name, chat_template=TEMPLATES[template])
     ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = ours.render_chat(CHATS[chat])
@@ -398,7 +397,8 @@ def test_chat_template_is_found_where_transformers_finds_it(place, tmp_path):
     "decoder", [{}, {"added_tokens_decoder": {"400": {"content": "<|bos|>", "special": True}}}]
 )
 def test_special_tokens_of_an_old_checkpoint(decoder, tmp_path):
-    """Fault: special tokens named in special_tokens_map.json only are empty in the chat; or the map overrides a newer configuration."""
+    """Fault: special tokens named in special_tokens_map.json only are empty in the chat; or the map
+    overrides a newer configuration."""
     write_checkpoint(
         tmp_path, chat_template="{{ bos_token }},{{ eos_token }},{{ pad_token }}", **decoder
     )
@@ -414,11 +414,11 @@ def test_checkpoint_without_chat_template_says_what_to_do(tmp_path):
     """Fault: a base model is asked in no format at all, or the error leaves the user alone."""
     write_checkpoint(tmp_path)
     with pytest.raises(
-        ValueError, match="tokenizer_config.json: no chat template; set data.chat_template = false"
+        UserError, match="tokenizer_config.json: no chat template; set data.chat_template = false"
     ):
         Tokenizer(tmp_path).render_chat(CHATS[0])
     write_checkpoint(tmp_path, chat_template=[{"name": "tool_use", "template": "x"}])
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         Tokenizer(tmp_path).render_chat(CHATS[0])
 
 
@@ -440,10 +440,11 @@ def test_checkpoint_without_chat_template_says_what_to_do(tmp_path):
     ],
 )
 def test_failing_template_is_named(source, messages, message, tmp_path):
-    """Fault: a broken template ends in a traceback of jinja2, or a stranger's template reaches Python through the sandbox."""
+    """Fault: a broken template ends in a traceback of jinja2, or a stranger's template reaches
+    Python through the sandbox."""
     write_checkpoint(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(source, encoding="utf-8")
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         Tokenizer(tmp_path).render_chat(messages)
     assert "chat_template.jinja" in str(error.value)
 

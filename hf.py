@@ -1,0 +1,243 @@
+"""Hugging Face model directories, in and out: config.json and weights as safetensors.
+
+Only safetensors and JSON are read: a pickle can run a stranger's code.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from config import UserError
+from model import Transformer, TransformerConfig
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+LLAMA3_ROPE = (
+    *("factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_position_embeddings",
+)
+COPIED_FILES = (  # besides config and weights, what transformers and vLLM read
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "tokenizer.model"),
+)
+WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors")
+MAX_SHARD_BYTES = 5 * 10**9
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Transformer:
+    """The model of a Hugging Face directory (one safetensors file, or shards with their index).
+
+    dtype None: as in the file. Weights that keep their dtype stay memory-mapped; a page is copied
+    when it is written. Raises UserError naming file and tensor: unsupported architecture; missing,
+    unexpected or misshapen tensors; a missing or broken file.
+    """
+    path = Path(path)
+    with torch.device("meta"):
+        model = Transformer(read_config(path))
+    parameters = dict(model.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    shapes.setdefault(HEAD, shapes[EMBEDDING])  # a tied head may be in the file all the same
+    state = {}
+    for file in _weight_files(path):
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (a safe_open is no dictionary)
+                if not name.endswith("rotary_emb.inv_freq"):
+                    tensor = tensors.get_tensor(name)
+                    _check_tensor(name, tensor, shapes, file)
+                    state[name] = tensor.to(device=device, dtype=dtype)
+    missing = [name for name in parameters if name not in state]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}")
+    tied_head = state.pop(HEAD) if HEAD in state and HEAD not in parameters else None
+    if tied_head is not None and not torch.equal(tied_head, state[EMBEDDING]):
+        raise UserError(
+            f"{path}: {HEAD!r} differs from {EMBEDDING!r}, but config.json says "
+            "tie_word_embeddings = true"
+        )
+    model.load_state_dict(state, assign=True)
+    model.source = path
+    return model.requires_grad_(True)
+
+
+def random_model(path: str | Path, seed: int) -> Transformer:
+    """A float32 model of the directory's architecture with seeded random weights."""
+    model = Transformer(read_config(Path(path))).init_weights(seed)
+    model.source = Path(path)
+    return model
+
+
+def save_model(
+    model: Transformer,
+    path: str | Path,
+    state: dict[str, Tensor] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a directory that transformers and vLLM load as it is, with the tokenizer of the
+    directory that the model came from.
+
+    state: the weights, where the model's own are sharded (parallel.full_state). More than
+    max_shard_bytes become several files with an index. Every file is written under a temporary
+    name and renamed; weight files of an earlier save under other names are removed last.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict() if state is None else state
+    written = _write_weights(path, state, max_shard_bytes)
+    for name in COPIED_FILES:
+        if model.source is not None and (model.source / name).exists():
+            shutil.copyfile(model.source / name, path / f"{name}.tmp")
+            written.append(name)
+    hf_config = model.config.hf_config
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    # transformers 4 wrote torch_dtype, 5 writes dtype
+    keys = {"dtype", "torch_dtype"} & hf_config.keys() or {"dtype"}
+    _write_json(path / "config.json.tmp", hf_config | dict.fromkeys(keys, dtype))
+    for name in [*written, "config.json"]:
+        # safetensors writes files that only their owner may read
+        shutil.copymode(path / "config.json.tmp", path / f"{name}.tmp")
+        os.replace(path / f"{name}.tmp", path / name)
+    for file in [file for pattern in WEIGHT_FILES for file in path.glob(pattern)]:
+        if file.name not in written:
+            file.unlink()
+
+
+def read_config(path: Path) -> TransformerConfig:
+    """config.json of a directory. Raises UserError for what model.py does not implement."""
+    file = path / "config.json"
+    if not file.exists():
+        raise UserError(f"{file}: not found; expected a Hugging Face model directory")
+    hf = _read_json(file)
+    name = (hf.get("architectures") or ["?"])[0]
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"{file}: architecture {name!r} is not supported; supported: {known}")
+    family = ARCHITECTURES[name]
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+    layer_types = sorted(set(hf.get("layer_types") or ["full_attention"]))
+    for key, value, supported in (
+        ("rope_type", rope_type, ("default", "llama3")),
+        ("hidden_act", hf.get("hidden_act", "silu"), ("silu",)),
+        ("partial_rotary_factor", partial, (1.0,)),
+        ("use_sliding_window", hf.get("use_sliding_window") or False, (False,)),
+        ("layer_types", layer_types, (["full_attention"],)),
+        ("mlp_bias", hf.get("mlp_bias") or False, (False,)),
+        ("quantization_config", hf.get("quantization_config"), (None,)),
+    ):
+        if value not in supported:
+            known = ", ".join(map(repr, supported))
+            raise UserError(f"{file}: {key} = {value!r} is not supported; supported: {known}")
+    scaling = {key: float(rope[key]) for key in LLAMA3_ROPE} if rope_type == "llama3" else None
+    bias = hf.get("attention_bias") or False
+    try:
+        num_heads, width = hf["num_attention_heads"], hf["hidden_size"]
+        return TransformerConfig(
+            vocab_size=hf["vocab_size"],
+            hidden_size=width,
+            intermediate_size=hf["intermediate_size"],
+            num_layers=hf["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=hf.get("num_key_value_heads") or num_heads,
+            head_dim=hf.get("head_dim") or (128 if family == "qwen3" else width // num_heads),
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+            rope_scaling=scaling,
+            tie_embeddings=hf.get("tie_word_embeddings") or False,
+            qkv_bias=family == "qwen2" or bias,
+            o_bias=family != "qwen2" and bias,
+            qk_norm=family == "qwen3",
+            hf_config=hf,
+        )
+    except KeyError as error:
+        raise UserError(f"{file}: has no {error.args[0]!r}") from None
+
+
+def _check_tensor(name: str, tensor: Tensor, shapes: dict[str, torch.Size], file: Path) -> None:
+    if name not in shapes:
+        raise UserError(f"{file}: unexpected tensor {name!r} for the architecture in config.json")
+    if tensor.shape != shapes[name]:
+        got, expected = tuple(tensor.shape), tuple(shapes[name])
+        raise UserError(f"{file}: tensor {name!r} has shape {got}, expected {expected}")
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        expected = "float32, bfloat16 or float16"
+        raise UserError(f"{file}: tensor {name!r} is {tensor.dtype}, expected {expected}")
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _read_json(index).get("weight_map")
+        if not weight_map:
+            raise UserError(f"{index}: has no 'weight_map'")
+        return [path / name for name in sorted(set(weight_map.values()))]
+    file = path / "model.safetensors"
+    unsafe = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+    if unsafe and not file.exists():
+        raise UserError(
+            f"{unsafe[0]}: a pickle can run a stranger's code and is not loaded; "
+            "convert the checkpoint to safetensors"
+        )
+    return [file]
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; expected the weights as safetensors") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: cannot be read as safetensors: {error}") from None
+
+
+def _write_weights(path: Path, state: dict[str, Tensor], max_bytes: int) -> list[str]:
+    """Write NAME.tmp for every weight file, one at a time in memory, and for the index. Returns
+    the names without .tmp."""
+    shards, size = [[]], 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    written, weight_map = [], {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: state[name].detach().contiguous().cpu() for name in names}
+        save_file(tensors, path / f"{file}.tmp", metadata={"format": "pt"})
+        written.append(file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total_size = sum(tensor.nbytes for tensor in state.values())
+        written.append("model.safetensors.index.json")
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        _write_json(path / f"{written[-1]}.tmp", index)
+    return written
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+
+
+def _write_json(file: Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

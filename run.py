@@ -1,0 +1,394 @@
+"""The run directory: what a run writes, what it prints, and where a stopped run continues.
+
+RUN/config.json            the resolved config
+RUN/metrics.jsonl          flat records of RL steps, filters, RFT steps and evaluations
+RUN/evaluations.jsonl      correct answers per held-out problem, one line an evaluation
+RUN/trajectories/*.jsonl   every sampled trajectory, one file an iteration
+RUN/experts/*.jsonl        what RFT was trained on
+RUN/policies/NAME/         Hugging Face directories: rl_1, theta_1, rl_2, theta_2, ...
+RUN/checkpoints/NUMBER/    the last two states to continue from
+RUN/lock                   held by the process that runs here
+
+A step counts once a checkpoint follows it: what is in the files behind the last checkpoint is cut
+off when the run continues, and done again. Every method that writes or reads is a collective
+(scale/parallel.py): the first process handles the files, except the tensors of a checkpoint, of
+which each process writes its own shards.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
+
+import hf
+from config import Config, UserError, config_dict, differing_keys
+from scale import parallel
+
+MAX_CHECKPOINTS = 2
+LINE_FILES = ("metrics.jsonl", "evaluations.jsonl", "trajectories/*.jsonl", "experts/*.jsonl")
+# one process needs no process group
+warnings.filterwarnings("ignore", "torch.distributed is disabled", module="torch.distributed")
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has written a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the run stands; only Run replaces it. Everything random follows from it and
+    from the seed."""
+
+    iteration: int = 0  # finished iterations
+    step: int = 0  # finished RL steps of the current iteration
+    rft_step: int = 0  # finished RFT steps of it; above 0, exploring and filtering are done
+    problems_drawn: int = 0  # position in the endless, seeded stream of problems
+    num_trajectories: int = 0  # sampled in training
+    seconds: float = 0.0  # wall time of all sessions
+    finished: bool = False
+
+
+class Run:
+    """Opens a new run directory, or a stopped run of the same config at its last checkpoint.
+
+    A damaged checkpoint is set aside with a message, and the one before it is used. Raises
+    UserError when the directory belongs to another config (naming the keys that differ) or to
+    another process, or when no checkpoint is whole.
+    """
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.path = Path(cfg.run_dir)
+        self.progress, self.checkpoint, sizes = parallel.on_main(self._open)
+        parallel.on_main(lambda: self._cut_lines(sizes))
+        self._start = time.perf_counter() - self.progress.seconds
+
+    def _open(self) -> tuple[Progress, Path | None, dict[str, int]]:
+        """Lock the directory and compare its config with ours. Returns the progress, the last
+        checkpoint and the sizes of the line files then."""
+        with _disk(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "lock").open("a")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released with the process
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another process runs in this directory. Choose another --run_dir"
+            ) from None
+        config_file, checkpoints = self.path / "config.json", self._checkpoints()
+        stored = json.loads(config_file.read_text("utf-8")) if config_file.exists() else {}
+        if "run_dir" not in stored and (stored or self._line_files()):
+            raise UserError(f"{self.path} holds files of no run. Choose another --run_dir")
+        keys = differing_keys(stored, config_dict(self.cfg))
+        if checkpoints and keys:
+            raise UserError(
+                f"{self.path} holds a run of another config; differing keys: {', '.join(keys)}. "
+                "Choose another --run_dir"
+            )
+        with _disk(config_file):
+            write_json(config_file, config_dict(self.cfg))
+        if not checkpoints:
+            return Progress(), None, {}
+        checkpoint, state = self._last_whole(checkpoints)
+        return Progress(**state["progress"]), checkpoint, state["sizes"]
+
+    # ---- what a run writes along the way
+
+    @property
+    def rl_steps(self) -> int:
+        """Finished RL steps of the whole run."""
+        return self.progress.iteration * self.cfg.rl.steps + self.progress.step
+
+    def commit(
+        self, record: dict, line: str | None = None, trajectories: list[list] = (), **progress
+    ) -> None:
+        """The one place that a step writes: its trajectories, its record in metrics.jsonl, its
+        console line, and the progress it made (fields of Progress)."""
+        trajectories = [vars(trajectory) for group in trajectories for trajectory in group]
+        total = self.progress.num_trajectories + len(trajectories)
+        self.progress = dataclasses.replace(self.progress, num_trajectories=total, **progress)
+        iteration = self.progress.iteration
+        if trajectories:
+            self.append(f"trajectories/iteration_{iteration + 1}.jsonl", trajectories)
+        place = {"iteration": iteration, "rl_steps": self.rl_steps, "num_trajectories": total}
+        seconds = round(time.perf_counter() - self._start, 3)
+        self.append("metrics.jsonl", [record | place | {"time/total_s": seconds}])
+        if line is not None:
+            tqdm.write(line)
+
+    def append(self, name: str, records: list[dict]) -> None:
+        """Append records to a .jsonl file of the run directory."""
+
+        def write() -> None:
+            file = self.path / name
+            with _disk(file):
+                file.parent.mkdir(exist_ok=True)
+                with file.open("a", encoding="utf-8") as stream:
+                    stream.writelines(json.dumps(record) + "\n" for record in records)
+
+        parallel.on_main(write)
+
+    def lines(self, name: str) -> Iterator[dict]:
+        """Records of a .jsonl file, one by one; none if it does not exist. No collective."""
+        file = self.path / name
+        if file.exists():
+            with file.open(encoding="utf-8") as stream:
+                yield from map(json.loads, stream)
+
+    def read(self, name: str) -> list[dict]:
+        """All records of a .jsonl file, in every process."""
+        return parallel.on_main(lambda: list(self.lines(name)))
+
+    def export(self, policy: nn.Module, name: str) -> None:
+        """Write the policy with its tokenizer as the Hugging Face directory RUN/policies/NAME."""
+        state = parallel.full_state(policy)
+        path = self.path / "policies" / name
+
+        def write() -> None:
+            with _disk(path):
+                hf.save_model(policy, path, state)
+
+        parallel.on_main(write)
+
+    def finish_iteration(self, policy: nn.Module) -> None:
+        """Export theta_{i+1}, and start the next iteration."""
+        done = self.progress.iteration + 1
+        self.export(policy, f"theta_{done}")
+        self.progress = dataclasses.replace(self.progress, iteration=done, step=0, rft_step=0)
+        self.save(policy)
+
+    def finish(self, policy: nn.Module) -> None:
+        self.progress = dataclasses.replace(self.progress, finished=True)
+        self.save(policy)
+
+    def evaluation_pending(self, num_steps: int) -> bool:
+        """Whether the last RL step, of num_steps in this phase, still lacks its evaluation."""
+        now = self.progress
+        if now.step == 0 or (now.step % self.cfg.eval.every and now.step < num_steps):
+            return False
+        evaluations = self.read("evaluations.jsonl")
+        return not any(e["policy"] == "rl" and e["rl_steps"] == self.rl_steps for e in evaluations)
+
+    # ---- checkpoints
+
+    def checkpoint_if(
+        self,
+        due: bool,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        theta_i: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write a checkpoint where one is due, or when the run is asked to stop; then stop it.
+        Raises Stopped."""
+        stop = parallel.stop_requested()
+        if due or stop:
+            self.save(policy, optimizer, theta_i)
+        if stop:
+            raise Stopped
+
+    def save(
+        self,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        theta_i: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write a checkpoint under a temporary name and rename it: the weights, the optimizer, the
+        weights that the phase started from, and the progress. Raises UserError for a full disk."""
+        seconds = parallel.on_main(lambda: time.perf_counter() - self._start)
+        self.progress = dataclasses.replace(self.progress, seconds=seconds)
+        existing = parallel.on_main(self._checkpoints)
+        number = int(existing[-1].name) + 1 if existing else 0
+        temporary = self.path / "checkpoints" / "tmp"
+        target = self.path / "checkpoints" / f"{number:06d}"
+        state = _named("policy", policy.state_dict()) | _named("theta_i", theta_i or {})
+        if optimizer is not None:
+            for index, entry in optimizer.state_dict()["state"].items():
+                state |= _named(f"optimizer.{index}", entry)
+
+        def complete() -> None:
+            files = {file.name: file.stat().st_size for file in temporary.iterdir()}
+            sizes = {str(f.relative_to(self.path)): f.stat().st_size for f in self._line_files()}
+            progress = dataclasses.asdict(self.progress)
+            state = {"progress": progress, "files": files, "sizes": sizes}
+            write_json(temporary / "state.json", state)
+            os.replace(temporary, target)
+            for old in existing[: len(existing) + 1 - MAX_CHECKPOINTS]:
+                shutil.rmtree(old)
+
+        try:
+            parallel.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
+            dcp.save(state, storage_writer=writer)
+            parallel.on_main(complete)
+        except (OSError, CheckpointException) as error:
+            parallel.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            kept = f"{self.checkpoint} is whole" if self.checkpoint else "there is none yet"
+            if isinstance(error, CheckpointException):
+                error = next(iter(error.failures.values()))[0]
+                if isinstance(error, KeyboardInterrupt):
+                    raise error from None
+            raise UserError(
+                f"checkpoint {target} could not be written: {error}; of the earlier ones {kept}"
+            ) from error
+        self.checkpoint = target
+
+    def load_policy(self, policy: nn.Module) -> None:
+        """Fill the policy, sharded as it may be, with the last checkpoint's weights."""
+        state = policy.state_dict()
+        self._load("policy", state)
+        policy.load_state_dict(state)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Continue the optimizer of the phase that was stopped."""
+        parameters, state = optimizer.param_groups[0]["params"], {}
+        for name in self._stored("optimizer"):
+            index, key = name.split(".")
+            like = torch.zeros(()) if key == "step" else parameters[int(index)]
+            state[name] = torch.empty_like(like, requires_grad=False)
+        self._load("optimizer", state)
+        by_parameter: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            index, key = name.split(".")
+            by_parameter.setdefault(int(index), {})[key] = tensor
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
+
+    def phase_start(self, policy: nn.Module) -> dict[str, Tensor]:
+        """theta_i, the weights that the iteration starts from: the policy's, or the checkpoint's
+        where the run was stopped in the iteration's RL phase."""
+        state = {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}
+        if self.progress.step > 0 and self.progress.rft_step == 0:
+            self._load("theta_i", state)
+        return state
+
+    def _stored(self, part: str) -> list[str]:
+        """Names of the checkpoint's tensors of "policy", "theta_i" or "optimizer"."""
+        reader = dcp.HuggingFaceStorageReader(self.checkpoint)
+        names = reader.read_metadata().state_dict_metadata
+        return [name.removeprefix(f"{part}.") for name in names if name.startswith(f"{part}.")]
+
+    def _load(self, part: str, state: dict[str, Tensor]) -> None:
+        """Fill the tensors with the checkpoint's."""
+        reader = dcp.HuggingFaceStorageReader(self.checkpoint)
+        dcp.load(_named(part, state), storage_reader=reader)
+
+    def _last_whole(self, checkpoints: list[Path]) -> tuple[Path, dict]:
+        """The newest checkpoint whose files have their sizes, and its state. Newer ones are
+        renamed to NUMBER.damaged."""
+        problems: dict[Path, str] = {}
+        for checkpoint in reversed(checkpoints):
+            try:
+                state = json.loads((checkpoint / "state.json").read_text("utf-8"))
+                for name, size in state["files"].items():
+                    _check_size(checkpoint / name, size)
+                for name, size in state["sizes"].items():
+                    _check_size(self.path / name, size, at_least=True)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                problems[checkpoint] = f"{type(error).__name__}: {error}"
+                continue
+            for broken, problem in problems.items():
+                print(f"{broken} is damaged ({problem}); set aside, continuing from {checkpoint}")
+                os.replace(broken, broken.with_name(broken.name + ".damaged"))
+            return checkpoint, state
+        listed = "; ".join(f"{broken}: {problem}" for broken, problem in problems.items())
+        raise UserError(
+            f"{self.path}: no checkpoint is whole ({listed}). Nothing was changed; "
+            "to start again choose another --run_dir"
+        )
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(p for p in (self.path / "checkpoints").glob("*") if p.name.isdigit())
+
+    def _line_files(self) -> list[Path]:
+        return sorted(file for pattern in LINE_FILES for file in self.path.glob(pattern))
+
+    def _cut_lines(self, sizes: dict[str, int]) -> None:
+        """Cut off what was written after the checkpoint."""
+        for file in self._line_files():
+            os.truncate(file, sizes.get(str(file.relative_to(self.path)), 0))
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """A full or read-only disk is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+
+
+def _check_size(file: Path, expected: int, at_least: bool = False) -> None:
+    size = file.stat().st_size
+    if size < expected or (size > expected and not at_least):
+        raise ValueError(f"{file.name} has {size} bytes, expected {expected}")
+
+
+def _named(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---- console
+
+
+def step_line(r: dict, iteration: int, num_steps: int) -> str:
+    """The console line of an RL step's record."""
+    line = f"RL {iteration + 1} step {r['step']:>3}/{num_steps}"
+    line += f"  reward {r['rl/reward_mean']:.3f}  flat {r['rl/flat_share']:.2f}"
+    line += f"  len {r['rl/len_mean_tok']:.1f}"
+    if "rl/loss" in r:
+        line += f"  entropy {r['rl/entropy_mean_nat']:.3f}  grad {r['rl/grad_norm']:.3f}"
+        line += f"  clip {r['rl/clip_low_share']:.4f}/{r['rl/clip_high_share']:.4f}"
+        line += f"  gap {r['rl/logp_gap_max_nat']:.0e}"
+    seconds = r["time/rollout_s"] + r["time/verify_s"] + r["time/update_s"]
+    return f"{line}  {seconds:.2f}s" + truncation_warning(r["rl/truncated_share"])
+
+
+def truncation_warning(truncated_share: float) -> str:
+    if truncated_share <= 0.9:
+        return ""
+    remedy = "raise sampling.max_new_tokens, or check data.prompt, data.chat_template and the EOS"
+    return f"\n  nearly all responses are cut off: {remedy}"
+
+
+def filter_line(r: dict, iteration: int) -> str:
+    line = f"filter {iteration + 1}: {r['filter/num_correct']} correct of "
+    line += (
+        f"{r['filter/num_trajectories']} trajectories, {r['filter/num_solved_problems']} problems"
+    )
+    line += f" solved; {r['filter/num_experts']} experts on {r['filter/num_hard_problems']} hard"
+    if r["filter/num_experts"] == 0:
+        line += f"\nno hard problem was solved: no RFT, theta_{iteration + 1} = theta_{iteration}"
+    return line
+
+
+def evaluation_line(r: dict, rl_steps: int) -> str:
+    line = f"eval {r['policy']:<4} after {rl_steps} RL steps:"
+    for key in (f"avg@{r['eval/num_samples']}", f"pass@{r['eval/num_samples']}"):
+        line += f"  {key} {r[f'eval/{key}']:.4f}"
+    return line + truncation_warning(r["eval/truncated_share"])
+
+
+def progress_bar(steps: range, name: str) -> Iterator[int]:
+    """The steps, with a bar on the terminal of the first process."""
+    disable = None if parallel.rank() == 0 else True  # None: a bar on a terminal only
+    return tqdm(steps, name, steps.stop, leave=False, initial=steps.start, disable=disable)

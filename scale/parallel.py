@@ -1,0 +1,193 @@
+"""Many processes as one: sharded weights (FSDP2), shared work, one stop flag.
+
+`torchrun --nproc-per-node 8 rloop.py --config X` starts the processes. A run of one process takes
+the same path, with nothing to exchange. Processes exchange at few places, and every one of these
+is a collective: all processes call it, in the same order.
+
+    gather           results of work that each does alone; an exception in one is raised in all
+    on_main          what only the first one does (files)
+    total            sums of a step's measures
+    stop_requested   whether any process was asked to stop
+    prepare          FSDP2: a block's parameters are gathered when needed, gradients reduced
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from config import ComputeConfig, UserError
+from model import Transformer
+
+TIMEOUT = timedelta(hours=2)  # of waiting for the slowest process; a dead one is noticed at once
+_stop = False  # set by a signal
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did; all but the first print nothing.
+
+    From here on Ctrl-C and SIGTERM set a flag (stop_requested). A second Ctrl-C ends a run of one
+    process at once. Raises UserError when another process has died.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _request_stop)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        with contextlib.ExitStack() as stack:
+            if rank() > 0:
+                silence = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(silence))
+            yield
+    except RuntimeError as error:
+        names = ("gloo", "Gloo", "NCCL", "Connection")
+        if isinstance(error, dist.DistError) or any(name in str(error) for name in names):
+            first_line = str(error).splitlines()[0]
+            raise UserError(
+                f"another process of this run has ended, or cannot be reached: {first_line}"
+            ) from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _request_stop(number: int, _) -> None:
+    global _stop
+    _stop = True
+    if dist.is_initialized():
+        return  # torchrun repeats the signal: a second one means nothing
+    print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """The device that this process computes on."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def share(count: int) -> slice:
+    """This process's part of count things in a row."""
+    return slice(count * rank() // num_ranks(), count * (rank() + 1) // num_ranks())
+
+
+# ---- collectives
+
+
+def gather(function: Callable[[], object]) -> list:
+    """function() of every process, in the order of ranks. It must not exchange anything itself.
+    What it raises in one process is raised in all."""
+    if not dist.is_initialized():
+        return [function()]
+    try:
+        outcome = function()
+    except Exception as error:
+        outcome = error
+    outcomes = [None] * num_ranks()
+    dist.all_gather_object(outcomes, outcome)
+    for each in outcomes:
+        if isinstance(each, BaseException):
+            raise each
+    return outcomes
+
+
+def on_main(function: Callable[[], object]):
+    """function() of the first process, in all; what it raises is raised in all."""
+    return gather(lambda: function() if rank() == 0 else None)[0]
+
+
+def total(measures: dict[str, float]) -> dict[str, float]:
+    """Sums over the processes; of a measure named *_max, the maximum."""
+    parts = gather(lambda: measures)
+    return {
+        name: (max if name.endswith("_max") else sum)(part[name] for part in parts)
+        for name in measures
+    }
+
+
+def stop_requested() -> bool:
+    """Whether Ctrl-C or SIGTERM reached any of the processes."""
+    return any(gather(lambda: _stop))
+
+
+# ---- sharded weights
+
+
+def prepare(model: Transformer, cfg: ComputeConfig) -> Transformer:
+    """Make the model compute as the config says, in this order: activation checkpointing,
+    torch.compile, shards.
+
+    Weights, gradients and the optimizer are float32, activations of cfg.dtype. Several processes:
+    FSDP2 of every block, and of the root with embedding, last norm and head. With cfg.replicas > 1
+    (HSDP) the model is sharded within that many groups of processes, which hold copies of it.
+    Gradients are summed, not averaged: the loss is already divided by the token count of the whole
+    step. Weights become float32 here, block by block.
+    """
+    for block in model.model.layers:
+        block.checkpoint_activations = cfg.checkpoint_activations
+    if cfg.compile:
+        model.compile_blocks()
+    dtype, replicas = getattr(torch, cfg.dtype), cfg.replicas
+    model.compute_dtype = dtype
+    if not dist.is_initialized():
+        return model.to(device(), torch.float32)
+    if num_ranks() % replicas:
+        count = num_ranks()
+        raise UserError(f"compute.replicas = {replicas}: must divide the {count} processes")
+    shape, names = (num_ranks(),), ("shard",)
+    if replicas > 1:
+        shape, names = (replicas, num_ranks() // replicas), ("replicate", "shard")
+    mesh = init_device_mesh(device().type, shape, mesh_dim_names=names)
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for module in (*model.model.layers, model):
+        fully_shard(module.float(), mesh=mesh, mp_policy=precision)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    # FSDP gathers the root's weights for this method and keeps them: logits may follow it
+    register_fsdp_forward_method(model, "hidden")
+    return model
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one (a collective); a plain one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """The whole weights on the CPU of the first process; the others get none, but call it, too."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        whole = whole_tensor(tensor.detach())
+        if rank() == 0:
+            state[name] = whole.cpu()
+    return state

@@ -1,0 +1,188 @@
+"""Faster parts, swapped in from outside by one call of swap_in. Without that call the program runs
+all the same, more slowly, with results that are equal up to rounding.
+
+All of it is for CPUs: a setting of the C library's allocator; weights of a sampling copy in the
+order that oneDNN's products need; training attention that computes a prompt once for its group.
+The operators of PyTorch used for the second are not public: requirements.txt pins its version.
+
+Shapes: as in rloop.py, P tokens of the longest prompt, R of the longest response.
+"""
+
+import ctypes
+import functools
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import packing
+import sampler
+from model import Linear, Transformer
+
+PACKED_FROM = 2**16  # numbers of a weight; with fewer the call costs more than the order saves
+LONG = 1024  # response tokens from which on weights [N, K, G, H/K, R, P + R] take too much memory
+
+
+def swap_in() -> None:
+    keep_freed_memory()
+    sampler.swap_layers = pack_layers
+    packing.Packed.attend = attend
+
+
+# ---- memory
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks. By default it returns large ones to the kernel, and every step
+    faults them in again. The numbers are M_MMAP_MAX and M_TRIM_THRESHOLD of man 3 mallopt."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, -1)
+
+
+# ---- sampling: weights packed for oneDNN
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with its bfloat16 weight in oneDNN's order, without gradient."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.rloop.packed_linear(x, self.packed, self.bias)
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+# torch.compile takes oneDNN's operator with constant weights only, but any weights of one of ours
+torch.library.define("rloop::packed_linear", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
+torch.library.impl("rloop::packed_linear", "CompositeExplicitAutograd", packed_linear)
+torch.library.register_fake(
+    "rloop::packed_linear", lambda x, packed, bias: x.new_empty(*x.shape[:-1], len(packed))
+)
+
+
+def pack_layers(copy: Transformer) -> None:
+    """Replace the linear layers of a sampling copy, and its head, where packing pays."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return
+    for module in list(copy.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, Linear) and can_pack(layer.weight):
+                setattr(module, name, PackedLinear(layer.weight, layer.bias))
+    if can_pack(copy.head_weight):  # a tied head
+        copy.lm_head = PackedLinear(copy.head_weight, None)
+
+
+def can_pack(weight: Tensor) -> bool:
+    on_cpu = weight.device.type == "cpu"
+    return on_cpu and weight.dtype == torch.bfloat16 and weight.numel() >= PACKED_FROM
+
+
+# ---- training: attention in two parts
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where sequences of different lengths lie in a padded tensor [N, G, longest]."""
+
+    shape: tuple[int, int, int]
+    token_of_slot: Tensor  # the number of tokens = padding
+    slot_of_token: Tensor
+
+    @classmethod
+    def of(cls, lengths: list[list[int]], device: torch.device) -> "Slots":
+        """lengths[n][g] of the sequences, in the order of their tokens."""
+        G, longest = max(map(len, lengths)), max(map(max, lengths))
+        slots = [
+            (n * G + g) * longest + t
+            for n, row in enumerate(lengths)
+            for g, length in enumerate(row)
+            for t in range(length)
+        ]
+        slot_of_token = torch.tensor(slots)
+        token_of_slot = torch.full((len(lengths) * G * longest,), len(slots))
+        token_of_slot[slot_of_token] = torch.arange(len(slots))
+        shape = (len(lengths), G, longest)
+        return cls(shape, token_of_slot.to(device), slot_of_token.to(device))
+
+    def pad(self, x_M: Tensor) -> Tensor:
+        x = Regroup.apply(x_M, self.token_of_slot, self.slot_of_token)
+        return x.unflatten(0, self.shape)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        return Regroup.apply(x.flatten(0, 2), self.slot_of_token, self.token_of_slot)
+
+
+class Regroup(torch.autograd.Function):
+    """x[there]: rows of a tensor in other places. back[i] is the row of the result that takes row i
+    of x, or the number of rows where none does; indexing would add gradients row by row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, there.clamp(max=len(x) - 1))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        if int(back.max()) == len(grad):
+            grad = torch.cat([grad, torch.zeros_like(grad[:1])])
+        return grad.index_select(0, back), None, None
+
+
+@functools.lru_cache(maxsize=1)
+def layout(batch: packing.Packed) -> tuple[Slots, Slots, Tensor]:
+    """The slots of a micro-batch's prompts and responses, and the bias [N, 1, 1, 1, R, P + R]: 0
+    where a response's token sees a slot of [prompt, response], -inf where it does not."""
+    device = batch.ids_M.device
+    prompts = Slots.of([[length] for length, _ in batch.group_sizes], device)
+    responses = Slots.of([lengths for _, lengths in batch.group_sizes], device)
+    (N, _, P), R = prompts.shape, responses.shape[2]
+    padding_NP = (prompts.token_of_slot == len(prompts.slot_of_token)).view(N, P)
+    future_RR = torch.ones(R, R, dtype=torch.bool, device=device).triu(1)
+    hidden = [padding_NP[:, None].expand(N, R, P), future_RR.expand(N, R, R)]
+    hidden_NRS = torch.cat(hidden, dim=-1)
+    bias_NRS = torch.zeros(hidden_NRS.shape, device=device).masked_fill_(hidden_NRS, -torch.inf)
+    return prompts, responses, bias_NRS[:, None, None, None]
+
+
+attend_by_rows = packing.Packed.attend
+
+
+def attend(
+    batch: packing.Packed, layer: int, q_MHE: Tensor, k_MKE: Tensor, v_MKE: Tensor
+) -> Tensor:
+    """Packed.attend in two parts: prompts see themselves; each response sees its prompt, which is
+    computed once for the group, and itself."""
+    longest = max(length for _, lengths in batch.group_sizes for length in lengths)
+    if longest > LONG or q_MHE.is_cuda:
+        return attend_by_rows(batch, layer, q_MHE, k_MKE, v_MKE)
+    prompts, responses, bias = layout(batch)
+    (N, G, R), P, (_, H, E), K = responses.shape, prompts.shape[2], q_MHE.shape, k_MKE.shape[1]
+    sizes = [len(prompts.slot_of_token), len(responses.slot_of_token)]
+    parts = [x.split(sizes) for x in (q_MHE * E**-0.5, k_MKE, v_MKE)]
+    q, k, v = (prompts.pad(x)[:, 0].transpose(1, 2) for x, _ in parts)
+    y_NHPE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=1.0)
+
+    # [N, K, G, R * H/K, E]: the query heads of a kv head are the rows of one matrix product
+    q, own_k, own_v = (
+        responses.pad(x).view(N, G, R, K, -1, E).permute(0, 3, 1, 4, 2, 5).reshape(N, K, G, -1, E)
+        for _, x in parts
+    )
+    k, v = (
+        torch.cat([x[:, :, None].expand(N, K, G, P, E), own], dim=3)
+        for x, own in ((k, own_k), (v, own_v))
+    )
+    score = (q @ k.transpose(-1, -2)).unflatten(-2, (-1, R)).add_(bias.to(q))
+    y = score.softmax(dim=-1).flatten(3, 4) @ v
+    y_NGRHE = y.view(N, K, G, H // K, R, E).permute(0, 2, 4, 1, 3, 5).reshape(N, G, R, H, E)
+    y_prompts = prompts.unpad(y_NHPE.transpose(1, 2)[:, None])
+    return torch.cat([y_prompts, responses.unpad(y_NGRHE)])

@@ -108,7 +108,8 @@ _COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|hbox)\s?\{([^{}]*)\}"
 )
 _LEAD_IN = re.compile(
-    r"\s*(?:\\text\{)?(?:the )?(?:final |correct )?(?:answer(?: is|:)|option|choice) ?\}? ?(?=.)",
+    r"\s*(?:\\text\{)?(?:the )?(?:final |correct )?"
+    r"(?:answer(?: is\b|:)|(?:option|choice)\b) ?\}? ?(?=.)",
     re.IGNORECASE,
 )
 _TIME = re.compile(r"(\d{1,2}(?::\d{2})?) ?([ap])\.?m")

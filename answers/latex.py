@@ -47,8 +47,9 @@ _SIGNS = {
         °\circ θ\theta α\alpha β\beta γ\gamma λ\lambda μ\mu σ\sigma ω\omega φ\phi
         ⟨\langle ⟩\rangle ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ′' ’' “" ”" €\euro £\pound"""
     )
-} | {"\u200b": "", "\ufeff": ""}
-_SMALL = {"^": "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "_": "₀₁₂₃₄₅₆₇₈₉"}
+} | {"\u200b": " ", "\ufeff": " "}
+_SUPERSCRIPTS, _SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉"
+_RUNS = re.compile(f"[{_SUPERSCRIPTS}]+|[{_SUBSCRIPTS}]+")
 _THOUSANDS = re.compile(r"(?<=\d) ?(?:\\[,!; ]|\{ ?, ?\}|, ?\\!) ?(?=\d{3}(?!\d))")
 _MIXED = re.compile(
     r"(?<![\w.^_}])(\d+) ?"
@@ -67,7 +68,7 @@ def normalise(text: str) -> str:
         raise NotMath(f"longer than {MAX_CHARS} characters")
     if not text.isascii():
         text = _fold_unicode(text)
-    text = " ".join(text.replace("~", " ").replace("np.", "").split())
+    text = " ".join(text.replace("~", " ").replace("np.", "").split())  # also of np.sqrt(2)
     if text.startswith(("**", "`")):  # Markdown
         text = text.strip("*`")
     text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
@@ -87,14 +88,21 @@ def _mixed(match: re.Match) -> str:
 
 
 def _fold_unicode(text: str) -> str:
-    for mark, signs in _SMALL.items():
-        plain = str.maketrans(signs, "0123456789+-"[: len(signs)])
-        text = re.sub(f"[{signs}]+", lambda m: f"{mark}{{{m[0].translate(plain)}}}", text)  # noqa: B023
-    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)  # 2½ is 2 1/2
-    return "".join(
-        str(unicodedata.decimal(char)) if char.isdecimal() else _SIGNS.get(char, char)
-        for char in unicodedata.normalize("NFKC", text)
-    )
+    text = _RUNS.sub(_unraised, re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))  # 2½ is 2 1/2
+    return "".join(map(_fold, text)).replace("⁄", "/")
+
+
+def _unraised(match: re.Match) -> str:
+    mark = "^" if match[0][0] in _SUPERSCRIPTS else "_"
+    return f"{mark}{{{unicodedata.normalize('NFKC', match[0]).replace('−', '-')}}}"
+
+
+def _fold(char: str) -> str:
+    if char.isascii() or unicodedata.decomposition(char)[:5] in ("<supe", "<sub>"):
+        return char
+    if char.isdecimal():
+        return str(unicodedata.decimal(char))
+    return _SIGNS.get(char) or unicodedata.normalize("NFKC", char)
 
 
 # ---- tokens ----

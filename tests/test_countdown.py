@@ -1,4 +1,4 @@
-"""data/countdown.py's judge, through verify_countdown: what is judged right, wrong or no derivation."""
+"""The judge of data/countdown.py: which responses are right, wrong, or no derivation."""
 
 import time
 from fractions import Fraction

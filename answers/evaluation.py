@@ -225,14 +225,13 @@ class Evaluation:
     def fn_exp(self, x):
         return self.general_power(+SMALL.e, x)
 
-    def fn_ln(self, x):
-        return self.fn_log(x)
-
     def fn_log(self, x, base=None):
         if x == 0 or base is not None and (base == 0 or base == 1):
             raise Undefined("log")
         log = SMALL.log(real(x))
         return log if base is None else log / SMALL.log(real(base))
+
+    fn_ln = fn_log
 
     def fn_abs(self, x):
         return abs(x)

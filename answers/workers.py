@@ -22,6 +22,7 @@ TASKS = {  # function: its module, and a package that is imported before its tim
     "score": ("data.gym", "reasoning_gym"),
 }
 _ROOT = Path(__file__).parents[1]
+_PYTHONPATH = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 class _Worker:
@@ -29,7 +30,7 @@ class _Worker:
 
     def __init__(self):
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(_ROOT), *_PYTHONPATH]),
             "PYTHONHASHSEED": "0",  # some tasks of reasoning-gym depend on the order of sets
         }
         pipe = subprocess.PIPE

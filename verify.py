@@ -11,16 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 
-from answers.equality import check_gold, compare
+from answers.equality import compare
 from answers.extract import extract_answer, extract_boxed, extract_tagged
 from answers.symbolic import ask_sympy, judge
 from answers.workers import ask_worker
 from data import countdown
-
-__all__ = [
-    "Verdict", "answers_match", "check_gold", "extract_answer", "extract_boxed",
-    "verify", "verify_countdown", "verify_many", "verify_math",
-]  # fmt: skip
 
 MAX_WORKERS = min(8, os.cpu_count() or 1)
 

@@ -243,9 +243,9 @@ _RELATIONS = _words(r"= < > <= >= != ~ \in \rightarrow")
 _CURRENCIES = {"\\dollar": "dollar", "\\euro": "euro", "\\pound": "sterling"}
 _MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"}
 _CLOSERS = {
-    **{"(": ")]", "[": ")]", "{": "}", "\\{": ("\\}",), "\\langle": ("\\rangle",)},
-    **{"\\lfloor": ("\\rfloor",), "\\lceil": ("\\rceil",)},
-}
+    "(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",),
+    "\\langle": ("\\rangle",), "\\lfloor": ("\\rfloor",), "\\lceil": ("\\rceil",),
+}  # fmt: skip
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _UNIT_EXPONENTS = {"square": 2, "sq": 2, "cubic": 3, "squared": 2, "cubed": 3}
 ONE, MINUS_ONE = ("num", Fraction(1), 0), ("num", Fraction(-1), 0)

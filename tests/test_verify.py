@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from answers import equality, workers
+from answers.equality import check_gold
 from verify import (
     answers_match,
-    check_gold,
     extract_answer,
     verify,
     verify_many,

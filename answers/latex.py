@@ -248,7 +248,7 @@ _CLOSERS = {
 }  # fmt: skip
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _UNIT_EXPONENTS = {"square": 2, "sq": 2, "cubic": 3, "squared": 2, "cubed": 3}
-ONE, MINUS_ONE = ("num", Fraction(1), 0), ("num", Fraction(-1), 0)
+_CONDITIONS = {"if", "for", "when", "where", "otherwise", "else"}
 
 
 def integer(n: int) -> tuple:
@@ -533,7 +533,7 @@ class _Parser:
             arguments = (self.function_argument(),)
             self.depth -= 1
         arguments = arguments if base is None else (*arguments, base)
-        if power in (MINUS_ONE, ("neg", ONE)):
+        if power == ("neg", integer(1)):
             return ("fn", {"sin": "asin", "cos": "acos", "tan": "atan"}.get(name, "?"), arguments)
         node = ("fn", name, tuple(arguments))
         return node if power is None else ("pow", node, power)
@@ -663,6 +663,8 @@ class _Parser:
         while self.kind() in ("text", "letter", "word") or self.at("/", "\\cdot", "*"):
             kind = self.kind()
             word = self.take().lower()
+            if word in _CONDITIONS:
+                raise NotMath("a condition is no unit")
             if word in ("/", "per"):
                 sign = -1
             elif word in _UNIT_EXPONENTS:

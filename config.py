@@ -55,10 +55,10 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig:
-    steps: int = key(75, above=0)  # N, RL steps of an iteration (ours)
-    problems_per_step: int = key(32, above=0)  # P (ours; DAPO: 512)
-    samples_per_problem: int = key(8, above=0)  # G (ours; DAPO: 16)
-    max_sampling_rounds: int = key(1, above=0)  # rounds to fill P non-flat groups; 1 = no refill
+    steps: int = key(75, above=0)  # RL steps of an iteration (ours)
+    problems_per_step: int = key(32, above=0)  # problems sampled in a step (ours; DAPO: 512)
+    samples_per_problem: int = key(8, above=0)  # responses to each (ours; DAPO: 16)
+    max_sampling_rounds: int = key(1, above=0)  # rounds to replace flat groups; 1 = none replaced
     lr: float = key(1e-4, at_least=0)  # peak learning rate (ours); 0 = pure RFT
     warmup_steps: int = key(0, at_least=0)  # linear warm-up of each RL phase, RL steps
     minibatches: int = key(2, above=0, at_most="rl.problems_per_step")  # optimizer steps a batch
@@ -75,8 +75,8 @@ class RLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    max_success_rate: float = key(0.9, above=0, at_most=1)  # tau, of hard problems (value ours)
-    max_per_problem: int = key(100, above=0)  # M, expert trajectories kept per problem (ours)
+    max_success_rate: float = key(0.9, above=0, at_most=1)  # of hard problems (value ours)
+    max_per_problem: int = key(100, above=0)  # expert trajectories kept per problem (ours)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     every: int = key(25, above=0)  # RL steps between evaluations; a phase's end is always evaluated
-    num_samples: int = key(32, above=0)  # K, responses per problem: avg@K and pass@1..K (paper)
+    num_samples: int = key(32, above=0)  # responses per problem: k of avg@k, pass@k (paper)
     temperature: float = key(1.0, above=0)  # (DAPO; the paper's is not known)
     top_p: float = key(1.0, above=0, at_most=1)  # nucleus; 1.0 = off
     top_k: int = key(0, at_least=0)  # 0 = off
@@ -118,7 +118,7 @@ class Config:
     method: str = key("rloop", one_of=("rloop", "rl", "eval", "sft"))  # "rl" is the baseline
     seed: int = key(0, at_least=0)  # of everything that is drawn
     run_dir: str = "runs/{method}-{seed}"  # {method} and {seed} stand for the values of these keys
-    iterations: int = key(4, above=0)  # I, RLoop iterations (ours)
+    iterations: int = key(4, above=0)  # RLoop iterations (ours)
     save_every: int = key(10, above=0)  # RL or RFT steps between two checkpoints
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

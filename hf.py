@@ -143,9 +143,9 @@ def read_config(path: Path) -> TransformerConfig:
         if value not in supported:
             known = ", ".join(map(repr, supported))
             raise UserError(f"{file}: {key} = {value!r} is not supported; supported: {known}")
-    scaling = {key: float(rope[key]) for key in LLAMA3_ROPE} if rope_type == "llama3" else None
     bias = hf.get("attention_bias") or False
     try:
+        scaling = {key: float(rope[key]) for key in LLAMA3_ROPE} if rope_type == "llama3" else None
         num_heads, width = hf["num_attention_heads"], hf["hidden_size"]
         return TransformerConfig(
             vocab_size=hf["vocab_size"],

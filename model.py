@@ -106,8 +106,9 @@ class KVCache:
         c = model.config
         shape = (num_rows, c.num_kv_heads, round_up(num_slots), c.head_dim)
         weight = model.model.embed_tokens.weight
-        self.k = [weight.new_zeros(shape) for _ in range(c.num_layers)]
-        self.v = [weight.new_zeros(shape) for _ in range(c.num_layers)]
+        dtype = model.compute_dtype or weight.dtype
+        self.k = [weight.new_zeros(shape, dtype=dtype) for _ in range(c.num_layers)]
+        self.v = [weight.new_zeros(shape, dtype=dtype) for _ in range(c.num_layers)]
 
     def grow(self, num_slots: int) -> None:
         """Make room for num_slots slots a row, if there are fewer; keeps what is stored."""

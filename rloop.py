@@ -1,22 +1,23 @@
 """RLoop (arXiv 2511.04285): iterated policy initialization for RL with verifiable rewards.
 
     theta_0 = base policy                                         Transformer.from_pretrained
-    for i in 0 .. I-1:                                            run_rloop
+    for each iteration i = 0, 1, 2 ...:                           run_rloop
         phi = theta_i                                             explore
-        for t in 1 .. N:
-            sample G responses to each of P problems, score 0/1   sample_groups, respond
+        for each RL step of the phase:
+            sample G responses to each of N problems, score 0/1   sample_groups, respond
             drop groups whose rewards are all equal, refill       sample_groups
             A = (r - mean(r)) / std(r) within a group             group_advantages
             phi += clipped policy-gradient step                   update, grpo_loss
             D += every trajectory of the step                     run.commit
         E = successes in D on hard problems, unique, capped       filter_experts, select_experts
         theta_{i+1} = SFT of theta_i (not phi) on E               rft, sft_loss
-    avg@K and pass@k on held-out problems, all along              evaluate, pass_at_k
-    baseline: the same I*N RL steps in a row from theta_0         run_rl
+    avg@k and pass@k on held-out problems, all along              evaluate, pass_at_k
+    baseline: as many RL steps in a row from theta_0              run_rl
 
 Shapes, in the whole project: N problems (groups), G samples of a problem, B = N*G rows (responses),
 T tokens of a row, M tokens of a packed micro-batch, Q response tokens of it, R live rows of the
-sampler, V vocabulary, D width, H query heads, K kv heads, E head width, S cache slots.
+sampler, V vocabulary, D width, H query heads, K kv heads, E head width, S slots of a cache, U and
+W tokens of a micro-batch's longest prompt and longest response (scale/speed.py).
 Log-probs are natural logs in float32. Everywhere run is a run.Run, policy a model.Transformer,
 tokenizer a data.tokenizer.Tokenizer, cfg a config.Config, problems and heldout list[Problem].
 """
@@ -68,10 +69,8 @@ class Trajectory:
 
 
 def run_rloop(run, policy, tokenizer, problems, heldout) -> None:
-    """theta_{i+1} = fine-tune theta_i on the successes of an RL phase that starts from theta_i.
-
-    A stopped run enters here again: what is done already is skipped by the called functions.
-    """
+    """theta_{i+1} = fine-tune theta_i on the successes of an RL phase that starts from theta_i. A
+    stopped run enters here again: the called functions skip what is done already."""
     for _ in range(run.progress.iteration, run.cfg.iterations):
         theta_i = run.phase_start(policy)
         explore(run, policy, tokenizer, problems, heldout, run.cfg.rl.steps, theta_i)
@@ -122,10 +121,10 @@ def explore(run, policy, tokenizer, problems, heldout, num_steps, theta_i) -> No
 
 
 def sample_groups(run, policy, tokenizer, problems, step):
-    """Dynamic sampling (DAPO, section 3.2): sample P groups, drop the flat ones, and replace them
+    """Dynamic sampling (DAPO, section 3.2): sample N groups, drop the flat ones, and replace them
     by groups of the next problems, for a bounded number of rounds.
 
-    Returns the usable groups (at most P), all sampled groups (both [group][sample]), the new
+    Returns the usable groups (at most N), all sampled groups (both [group][sample]), the new
     position in the stream of problems, and the seconds it took.
     """
     cfg, iteration = run.cfg, run.progress.iteration
@@ -547,7 +546,7 @@ def bootstrap_interval(values_N: np.ndarray, seed: int = 0) -> tuple[float, floa
 
 
 def evaluate(run, policy, tokenizer, heldout, name: str) -> dict:
-    """avg@K and pass@1, 2, 4 .. K on the held-out problems, from K samples each, and the shares of
+    """avg@k and pass@1, 2, 4 .. k on the held-out problems, from k samples each, and the shares of
     problems that an earlier evaluation solved but this one does not (forgotten) and that any
     solved (union). name: "base", "rl" or "rft". Returns the record.
 

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
@@ -326,14 +327,14 @@ def _disk(path: Path) -> Iterator[None]:
     """A full or read-only disk is the user's to mend."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors hides the first in the second
         raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def _check_size(file: Path, expected: int, at_least: bool = False) -> None:
     size = file.stat().st_size
     if size < expected or (size > expected and not at_least):
-        raise ValueError(f"{file.name} has {size} bytes, expected {expected}")
+        raise ValueError(f"{file} has {size} bytes, expected {expected}")
 
 
 def _named(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

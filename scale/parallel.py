@@ -14,7 +14,6 @@ is a collective: all processes call it, in the same order.
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -43,6 +42,8 @@ def processes() -> Iterator[None]:
     From here on Ctrl-C and SIGTERM set a flag (stop_requested). A second Ctrl-C ends a run of one
     process at once. Raises UserError when another process has died.
     """
+    global _stop
+    _stop = False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _request_stop)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -75,7 +76,7 @@ def _request_stop(number: int, _) -> None:
     _stop = True
     if dist.is_initialized():
         return  # torchrun repeats the signal: a second one means nothing
-    print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+    os.write(2, b"stopping after this step; Ctrl-C again stops at once\n")  # print may be busy
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

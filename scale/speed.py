@@ -5,7 +5,7 @@ All of it is for CPUs: a setting of the C library's allocator; weights of a samp
 order that oneDNN's products need; training attention that computes a prompt once for its group.
 The operators of PyTorch used for the second are not public: requirements.txt pins its version.
 
-Shapes: as in rloop.py, P tokens of the longest prompt, R of the longest response.
+Shapes: as in rloop.py; U tokens of the longest prompt, W of the longest response.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ import sampler
 from model import Linear, Transformer
 
 PACKED_FROM = 2**16  # numbers of a weight; with fewer the call costs more than the order saves
-LONG = 1024  # response tokens from which on weights [N, K, G, H/K, R, P + R] take too much memory
+LONG = 1024  # response tokens from which on weights [N, K, G, H/K, W, U + W] take too much memory
 
 
 def swap_in() -> None:
@@ -62,11 +62,14 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 # torch.compile takes oneDNN's operator with constant weights only, but any weights of one of ours
-torch.library.define("rloop::packed_linear", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
-torch.library.impl("rloop::packed_linear", "CompositeExplicitAutograd", packed_linear)
-torch.library.register_fake(
-    "rloop::packed_linear", lambda x, packed, bias: x.new_empty(*x.shape[:-1], len(packed))
-)
+if not hasattr(torch.ops.rloop, "packed_linear"):  # this file may be imported under two names
+    torch.library.define(
+        "rloop::packed_linear", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor"
+    )
+    torch.library.impl("rloop::packed_linear", "CompositeExplicitAutograd", packed_linear)
+    torch.library.register_fake(
+        "rloop::packed_linear", lambda x, packed, bias: x.new_empty(*x.shape[:-1], len(packed))
+    )
 
 
 def pack_layers(copy: Transformer) -> None:
@@ -77,7 +80,7 @@ def pack_layers(copy: Transformer) -> None:
         for name, layer in module.named_children():
             if isinstance(layer, Linear) and can_pack(layer.weight):
                 setattr(module, name, PackedLinear(layer.weight, layer.bias))
-    if can_pack(copy.head_weight):  # a tied head
+    if copy.lm_head is None and can_pack(copy.head_weight):  # a tied head
         copy.lm_head = PackedLinear(copy.head_weight, None)
 
 
@@ -140,18 +143,18 @@ class Regroup(torch.autograd.Function):
 
 @functools.lru_cache(maxsize=1)
 def layout(batch: packing.Packed) -> tuple[Slots, Slots, Tensor]:
-    """The slots of a micro-batch's prompts and responses, and the bias [N, 1, 1, 1, R, P + R]: 0
+    """The slots of a micro-batch's prompts and responses, and the bias [N, 1, 1, 1, W, U + W]: 0
     where a response's token sees a slot of [prompt, response], -inf where it does not."""
     device = batch.ids_M.device
     prompts = Slots.of([[length] for length, _ in batch.group_sizes], device)
     responses = Slots.of([lengths for _, lengths in batch.group_sizes], device)
-    (N, _, P), R = prompts.shape, responses.shape[2]
-    padding_NP = (prompts.token_of_slot == len(prompts.slot_of_token)).view(N, P)
-    future_RR = torch.ones(R, R, dtype=torch.bool, device=device).triu(1)
-    hidden = [padding_NP[:, None].expand(N, R, P), future_RR.expand(N, R, R)]
-    hidden_NRS = torch.cat(hidden, dim=-1)
-    bias_NRS = torch.zeros(hidden_NRS.shape, device=device).masked_fill_(hidden_NRS, -torch.inf)
-    return prompts, responses, bias_NRS[:, None, None, None]
+    (N, _, U), W = prompts.shape, responses.shape[2]
+    padding_NU = (prompts.token_of_slot == len(prompts.slot_of_token)).view(N, U)
+    future_WW = torch.ones(W, W, dtype=torch.bool, device=device).triu(1)
+    hidden = [padding_NU[:, None].expand(N, W, U), future_WW.expand(N, W, W)]
+    hidden_NWS = torch.cat(hidden, dim=-1)
+    bias_NWS = torch.zeros(hidden_NWS.shape, device=device).masked_fill_(hidden_NWS, -torch.inf)
+    return prompts, responses, bias_NWS[:, None, None, None]
 
 
 attend_by_rows = packing.Packed.attend
@@ -166,23 +169,23 @@ def attend(
     if longest > LONG or q_MHE.is_cuda:
         return attend_by_rows(batch, layer, q_MHE, k_MKE, v_MKE)
     prompts, responses, bias = layout(batch)
-    (N, G, R), P, (_, H, E), K = responses.shape, prompts.shape[2], q_MHE.shape, k_MKE.shape[1]
+    (N, G, W), U, (_, H, E), K = responses.shape, prompts.shape[2], q_MHE.shape, k_MKE.shape[1]
     sizes = [len(prompts.slot_of_token), len(responses.slot_of_token)]
     parts = [x.split(sizes) for x in (q_MHE * E**-0.5, k_MKE, v_MKE)]
     q, k, v = (prompts.pad(x)[:, 0].transpose(1, 2) for x, _ in parts)
-    y_NHPE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=1.0)
+    y_NHUE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=1.0)
 
-    # [N, K, G, R * H/K, E]: the query heads of a kv head are the rows of one matrix product
+    # [N, K, G, W * H/K, E]: the query heads of a kv head are the rows of one matrix product
     q, own_k, own_v = (
-        responses.pad(x).view(N, G, R, K, -1, E).permute(0, 3, 1, 4, 2, 5).reshape(N, K, G, -1, E)
+        responses.pad(x).view(N, G, W, K, -1, E).permute(0, 3, 1, 4, 2, 5).reshape(N, K, G, -1, E)
         for _, x in parts
     )
     k, v = (
-        torch.cat([x[:, :, None].expand(N, K, G, P, E), own], dim=3)
+        torch.cat([x[:, :, None].expand(N, K, G, U, E), own], dim=3)
         for x, own in ((k, own_k), (v, own_v))
     )
-    score = (q @ k.transpose(-1, -2)).unflatten(-2, (-1, R)).add_(bias.to(q))
+    score = (q @ k.transpose(-1, -2)).unflatten(-2, (-1, W)).add_(bias.to(q))
     y = score.softmax(dim=-1).flatten(3, 4) @ v
-    y_NGRHE = y.view(N, K, G, H // K, R, E).permute(0, 2, 4, 1, 3, 5).reshape(N, G, R, H, E)
-    y_prompts = prompts.unpad(y_NHPE.transpose(1, 2)[:, None])
-    return torch.cat([y_prompts, responses.unpad(y_NGRHE)])
+    y_NGWHE = y.view(N, K, G, H // K, W, E).permute(0, 2, 4, 1, 3, 5).reshape(N, G, W, H, E)
+    y_prompts = prompts.unpad(y_NHUE.transpose(1, 2)[:, None])
+    return torch.cat([y_prompts, responses.unpad(y_NGWHE)])

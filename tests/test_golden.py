@@ -1,6 +1,6 @@
 """20 RL steps of the embedded task reproduce stored metrics.
 
-To store new ones after a change that is MEANT to change results: python tests/test_golden.py
+After a change that is MEANT to change results, record them again: python tests/test_golden.py
 """
 
 import json
@@ -13,56 +13,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STORED = Path(__file__).with_name("golden.json")
 KEYS = (
-    *(
-        "phase",
-        "iteration",
-        "step",
-        "rl_steps",
-        "rl/reward_mean",
-        "rl/loss",
-        "rl/grad_norm",
-        "rl/entropy_mean_nat",
-        "rft/loss",
-    ),
-    *("eval/avg@4", "eval/pass@4", "filter/num_experts", "rl/kl_nat"),
+    *("phase", "iteration", "step", "rl_steps", "num_trajectories", "rl/reward_mean", "rl/loss"),
+    *("rl/grad_norm", "rl/entropy_mean_nat", "rl/kl_nat", "rft/loss", "filter/num_experts"),
+    *("eval/avg@4", "eval/pass@4"),
 )
 OVERRIDES = [
-    *(
-        "--iterations",
-        "2",
-        "--rl.steps",
-        "10",
-        "--rl.problems_per_step",
-        "8",
-        "--rl.samples_per_problem",
-        "4",
-        "--data.train_size",
-        "20",
-    ),
-    *(
-        "--rl.lr",
-        "3e-4",
-        "--rl.kl_coef",
-        "0.01",
-        "--rl.max_sampling_rounds",
-        "2",
-        "--rl.warmup_steps",
-        "2",
-        "--rft.epochs",
-        "1",
-    ),
-    *(
-        "--data.eval_size",
-        "10",
-        "--eval.num_samples",
-        "4",
-        "--eval.every",
-        "10",
-        "--save_every",
-        "10",
-        "--rft.batch_size",
-        "8",
-    ),
+    *("--iterations", "2", "--rl.steps", "10", "--rl.problems_per_step", "8"),
+    *("--rl.samples_per_problem", "4", "--rl.max_sampling_rounds", "2", "--rl.warmup_steps", "2"),
+    *("--rl.lr", "3e-4", "--rl.kl_coef", "0.01", "--rft.epochs", "1", "--rft.batch_size", "8"),
+    *("--data.train_size", "20", "--data.eval_size", "10", "--eval.num_samples", "4"),
+    *("--eval.every", "10", "--save_every", "10"),
 ]
 
 
@@ -70,12 +30,10 @@ def golden_records(run_dir: str) -> list[dict]:
     import rloop
     from config import load_config
 
-    rloop.run_method(
-        load_config(ROOT / "configs" / "countdown.toml", [*OVERRIDES, "--run_dir", run_dir])
-    )
-    records = [
-        json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    ]
+    overrides = [*OVERRIDES, "--run_dir", run_dir]
+    rloop.run_method(load_config(ROOT / "configs" / "countdown.toml", overrides))
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     return [{key: record[key] for key in KEYS if key in record} for record in records]
 
 

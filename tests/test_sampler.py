@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, random_model
 
 import sampler
-from sampler import draw, sample, sampled_log_softmax
+from sampler import draw, sample, sampled_log_softmax, sampling_copy
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11], [5, 6, 7], [20, 21]]
 STOP = {0, 7}
@@ -31,7 +32,6 @@ def reference_sample(model, prompts, num_samples, max_new_tokens, seed, stop_ids
     return results
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 20, 1000])
 @pytest.mark.parametrize(
     "options",
     [
@@ -42,23 +42,52 @@ def reference_sample(model, prompts, num_samples, max_new_tokens, seed, stop_ids
         {"temperature": 1.3, "top_k": 9, "top_p": 0.9},
     ],
 )
-def test_equals_uncached_one_row_reference(tiny, max_rows, options):
-    """Fault: cache, slot refill, compaction, prompt sharing or padding changes what a row sees; max_rows changes the result."""
-    got = sample(
-        tiny,
-        PROMPTS,
-        num_samples=4,
-        max_new_tokens=12,
-        stop_ids=STOP,
-        seed=3,
-        max_rows=max_rows,
-        **options,
-    )
+def test_equals_uncached_one_row_reference(tiny, options):
+    """Fault: cache, slot refill, compaction, prompt sharing or padding changes what a row sees;
+    max_rows changes the result: smaller than num_samples, equal to it, no multiple of it, or larger
+    than all rows; tokens behind a stop or behind the limit are kept."""
     expected = reference_sample(tiny, PROMPTS, 4, 12, 3, STOP, **({"temperature": 1.0} | options))
-    for group, expected_group in zip(got, expected, strict=True):
-        for completion, (ids, logps, finished) in zip(group, expected_group, strict=True):
-            assert completion.ids == ids and completion.finished == finished
-            np.testing.assert_allclose(completion.logps, logps, atol=2e-5)
+    options |= {"num_samples": 4, "max_new_tokens": 12, "stop_ids": STOP, "seed": 3}
+    for max_rows in (1, 3, 4, 6, 20, 1000):
+        got = sample(tiny, PROMPTS, max_rows=max_rows, **options)
+        for group, expected_group in zip(got, expected, strict=True):
+            for completion, (ids, logps, finished) in zip(group, expected_group, strict=True):
+                assert completion.ids == ids and completion.finished == finished
+                np.testing.assert_allclose(completion.logps, logps, atol=2e-5)
+
+
+@pytest.mark.parametrize(("num_samples", "max_rows"), [(4, 8), (4, 9), (3, 2), (5, 1), (2, 1000)])
+def test_rows_decoded_at_once_are_bounded_and_used(tiny, num_samples, max_rows, monkeypatch):
+    """Fault: more rows are decoded at once than fit; or rows stay empty while prompts wait; or a
+    prompt is prefilled once for each of its samples."""
+    prefilled, decoded, decode, prefill = [], [], sampler._decode, sampler._prefill
+
+    def counted_prefill(model, cache, prompts, admitted, start):
+        prefilled.extend(dict.fromkeys(admitted))
+        decoded.append(start + len(admitted))
+        assert len(cache.k[0]) <= max_rows
+        return prefill(model, cache, prompts, admitted, start)
+
+    def counted_decode(model, cache, rows, id_R):
+        decoded.append(len(rows))
+        return decode(model, cache, rows, id_R)
+
+    monkeypatch.setattr(sampler, "_prefill", counted_prefill)
+    monkeypatch.setattr(sampler, "_decode", counted_decode)
+    options = {"num_samples": num_samples, "max_new_tokens": 5, "stop_ids": set(), "seed": 0}
+    sample(tiny, PROMPTS, max_rows=max_rows, **options)
+    units = -(-num_samples // max_rows)
+    assert sorted(prefilled) == sorted(units * list(range(len(PROMPTS))))
+    at_once = min(max_rows // num_samples, len(PROMPTS)) * num_samples or max_rows
+    assert max(decoded) == min(at_once, max_rows)
+
+
+def test_a_share_of_the_prompts_gets_its_own_random_streams(tiny):
+    """Fault: which process samples a prompt changes its responses."""
+    options = {"num_samples": 3, "max_new_tokens": 8, "stop_ids": STOP, "seed": 1, "max_rows": 8}
+    whole = sample(tiny, PROMPTS, **options)
+    share = sample(tiny, PROMPTS[2:], first_prompt=2, **options)
+    assert [[c.ids for c in group] for group in share] == [[c.ids for c in g] for g in whole[2:]]
 
 
 def test_lengths_are_mixed(tiny):
@@ -128,7 +157,8 @@ def test_frequencies_follow_the_distribution(tiny):
 
 
 def test_top_k_and_top_p_match_transformers():
-    """Fault: the cut distribution differs from the usual one, or keeps nothing when one token has all the mass."""
+    """Fault: the cut distribution differs from the usual one, or keeps nothing when one token has
+    all the mass."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 4
@@ -210,56 +240,38 @@ def test_bad_prompts_are_errors(tiny):
     options = dict(num_samples=1, max_new_tokens=3, stop_ids=set(), seed=0, max_rows=2)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         sample(tiny, [[1], []], **options)
-    with pytest.raises(ValueError, match="prompt 0 has ids outside"):
+    with pytest.raises(ValueError, match="prompt 0: ids outside"):
         sample(tiny, [[61]], **options)
     assert sample(tiny, [], **options) == []
 
 
-@pytest.mark.parametrize("max_rows", [3, 100])
-def test_drawing_several_tokens_between_looks_changes_nothing(tiny, monkeypatch, max_rows):
-    """Fault: tokens drawn behind a stop or behind the limit are kept, or a row's random numbers or positions slip (the CUDA path)."""
-    arguments = {
-        "num_samples": 5,
-        "max_new_tokens": 10,
-        "stop_ids": {0, 7, 9},
-        "seed": 4,
-        "max_rows": max_rows,
-    }
-    one = sample(tiny, [[3, 4, 5], [6, 7], [8]], **arguments)
-    monkeypatch.setitem(sampler.STRIDE, "cpu", 4)
-    four = sample(tiny, [[3, 4, 5], [6, 7], [8]], **arguments)
-    assert [[c.ids for c in group] for group in four] == [[c.ids for c in group] for group in one]
-    assert any(c.finished and len(c.ids) < 10 for group in one for c in group)
-    for a, b in zip(
-        (c for group in one for c in group), (c for group in four for c in group), strict=True
-    ):
-        assert a.finished == b.finished
-        assert b.logps == pytest.approx(a.logps, abs=1e-5)
+@pytest.mark.parametrize("tied", [True, False])
+def test_sampling_copy_has_the_weights_of_now(tied):
+    """Fault: sampling continues with the weights of an earlier step; a weight is left out or
+    rounded twice; the copy shares memory with the policy or takes part in its training."""
+    policy = random_model(TINY | {"tie_word_embeddings": tied})
+    policy.compute_dtype = torch.bfloat16
+    assert sampling_copy(policy, "float32") is policy
+    earlier = sampling_copy(policy, "bfloat16")
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(1.0)
+    copy = sampling_copy(policy, "bfloat16")
+    assert copy.state_dict().keys() == policy.state_dict().keys()
+    for name, weight in policy.named_parameters():
+        mine = copy.get_parameter(name)
+        assert torch.equal(mine, weight.bfloat16()) and not mine.requires_grad, name
+        assert not torch.equal(earlier.get_parameter(name), mine), name
+    assert all(weight.dtype == torch.float32 for weight in policy.parameters())
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(copy(ids), policy(ids))
 
 
-@pytest.mark.parametrize("max_rows", [3, 7, 100])
-def test_rows_and_slots_rounded_up_for_cuda_graphs_change_nothing(tiny, monkeypatch, max_rows):
-    """Fault: the rows behind the live ones write into a row that is alive, or a graph is replayed with the numbers of another step (what
-    can be tested of it without a GPU: the steps are not captured here)."""
-    arguments = {
-        "num_samples": 5,
-        "max_new_tokens": 40,
-        "stop_ids": {0, 7},
-        "seed": 4,
-        "max_rows": max_rows,
-        "first_prompt": 2,
-    }
-    prompts, made = [[3, 4, 5], [6, 7], [8] * 20], []
-    plain = sample(tiny, prompts, **arguments)
-
-    def graphs(model, cache):
-        cache.grow(64)
-        made.append(sampler._Graphs(model, cache, capture=False, row_bucket=4, slot_bucket=32))
-        return made[-1]
-
-    monkeypatch.setattr(sampler, "_decoder", graphs)
-    rounded = sample(tiny, prompts, **arguments)
-    assert [[c.ids for c in group] for group in rounded] == [
-        [c.ids for c in group] for group in plain
-    ]
-    assert {slots for _, slots in made[0].graphs} == {32, 64} and len(made[0].graphs) <= 8
+def test_policy_with_bfloat16_activations_can_be_sampled_from(tiny):
+    """Fault: float32 weights that compute in bfloat16 get a float32 cache, which attention
+    refuses."""
+    tiny.compute_dtype = torch.bfloat16
+    options = {"num_samples": 2, "max_new_tokens": 8, "stop_ids": STOP, "seed": 1, "max_rows": 3}
+    expected = sample(sampling_copy(tiny, "bfloat16"), PROMPTS, **options)
+    assert sample(tiny, PROMPTS, **options) == expected

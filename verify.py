@@ -104,8 +104,8 @@ def answers_match(
 ) -> Verdict:
     """Is the answer equal to gold, by the rules of answers/equality.py?
 
-    Integrals, sums and products are compared by sympy, in a worker that is killed at timeout_s.
-    An unparsable gold is never a reward.
+    Integrals are compared by sympy, in a worker that is killed at timeout_s. An unparsable gold is
+    never a reward.
     """
     return _verdict(judge(gold, answer, tolerance, timeout_s), answer)
 

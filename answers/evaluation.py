@@ -57,9 +57,9 @@ def variables(node) -> set[str]:
         return set()
     if node and node[0] == "var":
         return {node[1]}
-    if node and node[0] == "series":
-        inner = variables(node[5]) - {node[2]}
-        return inner | variables(node[3]) | variables(node[4])
+    if node and node[0] == "integral":
+        _, variable, low, high, body = node
+        return variables(body) - {variable} | variables((low, high))
     return set().union(*(variables(child) for child in node)) if node else set()
 
 

@@ -6,7 +6,7 @@ A node is a tuple, its first entry the kind:
     ("add", nodes) ("mul", nodes) ("inv", x) ("neg", x) ("pm", x) ("mp", x) ("pow", base, exponent)
     ("pct", x)  ("mod", x, modulus)  ("unit", x, ((name, power), ...))
     ("fn", name, nodes)         sqrt is ("fn", "root", (x, n)), |x| is "abs", n! is "factorial"
-    ("series", "sum" | "prod" | "int", variable, low, high, body)
+    ("integral", variable, low, high, body)
     ("list" | "tuple" | "set" | "ratio" | "union", nodes)  ("minus", set, set)  ("matrix", rows)
     ("interval", low, high, low_closed, high_closed)  ("rel", nodes, operators)
 Nothing is evaluated while parsing. Text is never executed.
@@ -131,9 +131,9 @@ _SYNONYMS = _pairs(
     " degree:circ deg:circ overrightarrow:vec varphi:phi varepsilon:epsilon arccos:acos"
     " arcsin:asin arctan:atan dbinom:binom tbinom:binom equiv:="
 )
-FUNCTIONS = _words(
+FUNCTIONS = _words(  # of which evaluation.py has no value for some: they equal themselves only
     "sin cos tan cot sec csc asin acos atan arcsin arccos arctan sinh cosh tanh log ln lg exp gcd"
-    " lcm max min sqrt abs floor ceil det binom cbrt"
+    " lcm max min sqrt abs floor ceil det binom cbrt sum prod lim"
 )
 _GREEK = _words(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon"
@@ -151,7 +151,7 @@ _WORD_SIGNS = {
     "mod": "\\pmod",
 }
 _ACCENTS = _words("overline bar vec hat dot ddot tilde widehat underline mathcal")
-_OPENING = _words("pi infty frac sum prod int emptyset mathbb ldots dollar euro pound")
+_OPENING = _words("pi infty frac int emptyset mathbb ldots dollar euro pound")
 _FILLER = _words(
     "the a an about approximately roughly exactly is are units unit total only old long wide tall"
     " high away each of in all altogether"
@@ -293,7 +293,6 @@ class _Parser:
         self.position = 0
         self.depth = 0
         self.in_bars = 0
-        self.bound: tuple[str, ...] = ()  # indices of the sums around
 
     def peek(self, ahead: int = 0) -> str:
         return self.tokens[self.position + ahead][1]
@@ -486,7 +485,7 @@ class _Parser:
         )
 
     def variable(self, name: str) -> tuple:
-        if name in ("e", "i") and not self.at("_") and name not in self.bound:
+        if name in ("e", "i") and not self.at("_"):
             return ("const", name)
         if self.accept("_"):
             name += "_" + self.subscript()
@@ -604,8 +603,8 @@ class _Parser:
             return ("var", "mathbb " + self.subscript())
         if name == "ldots":
             return ("text", "...")
-        if name in ("sum", "prod", "int"):
-            return self.series(name)
+        if name == "int":
+            return self.integral()
         if value.startswith("\\begin{"):
             return self.matrix(value[7:-1])
         if name in _ACCENTS:
@@ -616,29 +615,15 @@ class _Parser:
             return self.variable(value)
         raise NotMath(f"unknown {value!r}")
 
-    def series(self, name: str) -> tuple:
-        low = high = None
-        for _ in range(2):
-            if self.accept("_"):
-                low = self.argument()
-            elif self.accept("^"):
-                high = self.exponent()
-        if name == "int":
-            body = self.sum()
-            factors = list(body[1]) if body[0] == "mul" else []
-            has_dx = len(factors) > 2 and factors[-2] == ("var", "d") and factors[-1][0] == "var"
-            if not has_dx or (low is None) != (high is None):
-                raise NotMath("an integral needs its dx")
-            return ("series", name, factors[-1][1], low, high, product(factors[:-2]))
-        if low is None or high is None or low[0] != "rel" or low[2] != ("=",):
-            raise NotMath("a sum needs its bounds")
-        variable, low = low[1]
-        if variable[0] != "var" and variable != ("const", "i"):
-            raise NotMath("a sum needs its index")
-        self.bound += (variable[1],)
-        body = self.term()
-        self.bound = self.bound[:-1]
-        return ("series", name, variable[1], low, high, body)
+    def integral(self) -> tuple:
+        low = self.argument() if self.accept("_") else None
+        high = self.exponent() if self.accept("^") else None
+        body = self.sum()
+        factors = list(body[1]) if body[0] == "mul" else []
+        has_dx = len(factors) > 2 and factors[-2] == ("var", "d") and factors[-1][0] == "var"
+        if not has_dx or (low is None) != (high is None):
+            raise NotMath("an integral needs its dx")
+        return ("integral", factors[-1][1], low, high, product(factors[:-2]))
 
     def matrix(self, environment: str) -> tuple:
         if environment not in _MATRICES:

@@ -1,4 +1,4 @@
-"""What only sympy can tell: are two answers with integrals, sums or products equal?
+"""What only sympy can tell: are two answers with integrals equal?
 
 judge asks a worker process, since sympy may take any time and memory; nothing else imports sympy.
 """
@@ -48,12 +48,11 @@ def _to_sympy(node: tuple):
         return (sympy.Add if kind == "add" else sympy.Mul)(*map(_to_sympy, rest[0]))
     if kind in _OPERATIONS:
         return _OPERATIONS[kind](*map(_to_sympy, rest))
-    if kind == "series":
-        name, variable, low, high, body = rest
+    if kind == "integral":
+        variable, low, high, body = rest
         symbol = sympy.Symbol(variable)
         bounds = symbol if low is None else (symbol, _to_sympy(low), _to_sympy(high))
-        series = {"sum": sympy.Sum, "prod": sympy.Product, "int": sympy.Integral}[name]
-        return series(_to_sympy(body), bounds)
+        return sympy.Integral(_to_sympy(body), bounds)
     if kind == "fn" and rest[0] in _FUNCTIONS:
         return getattr(sympy, _FUNCTIONS[rest[0]])(*map(_to_sympy, rest[1]))
     raise ValueError(f"{kind} has no sympy form")

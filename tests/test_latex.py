@@ -198,7 +198,7 @@ def test_lost_term():
 
 
 def test_variables_bound():
-    """Would count the variable of an integral, or miss a variable, when looking for random points."""
+    """Would count the variable of an integral, or miss one, when looking for random points."""
     assert variables(parse("\\alpha + \\int_1^n k x_1 dk")) == {"n", "x_1", "\\alpha"}
     assert variables(parse("2\\pi e^i")) == set()
 

@@ -6,9 +6,11 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
+from answers.equality import check_gold
+from answers.symbolic import judge
+from answers.workers import ask_worker
 from config import Config, UserError
 from data import countdown, files
-from verify import answers_match, ask_worker, check_gold
 
 GYM_GENERATION_S = 600.0
 
@@ -168,7 +170,7 @@ def _file_problems(source: str) -> list[Problem]:
         if key_of_id.setdefault(first.id, key) != key:
             raise UserError(f"{where}: id {first.id!r} belongs to an earlier, different question")
         equal = first.answer == problem.answer
-        if not (equal or answers_match(first.answer, problem.answer).correct):
+        if not (equal or judge(first.answer, problem.answer) == "correct"):
             contradicted[key] = where
     if unreadable:
         raise UserError(

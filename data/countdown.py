@@ -1,29 +1,30 @@
-"""Countdown: make a target from numbers with + - *, each number used exactly once (verify.py accepts / too).
+"""Countdown: make a target from numbers with + - * /, each number used exactly once.
 
-A response is a derivation, one step for each operator: "3 + 5 = 8, 8 * 2 = 16". Games are drawn by seed from four splits that
-share no numbers (hence no pair of numbers and target): train, heldout, search (held-out set for choosing settings) and demonstrations.
+A response is a derivation, one step for each operator: "3 + 5 = 8, 8 * 2 = 16". judge decides
+whether it is right. Games, which + - * solve, are drawn by seed from four splits that share no
+numbers: train, heldout, search (a held-out set for choosing settings) and demonstrations.
 """
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from answers.extract import extract_boxed, extract_tagged
+from config import UserError
+
 MAX_VALUE = 99  # of targets and intermediate results: every number up to it is one token
 OPERATORS = ("+", "-", "*")
-BUCKETS = {
-    "heldout": (0, 1),
-    "search": (2, 3),
-    "train": (4, 5, 6),
-    "demonstrations": (7, 8, 9),
-}  # tenths of all sets of numbers
-MAX_MISSES = (
-    5_000  # random derivations in a row without a new game, after which a split counts as exhausted
-)
+# tenths of all sets of numbers
+BUCKETS = {"heldout": (0, 1), "search": (2, 3), "train": (4, 5, 6), "demonstrations": (7, 8, 9)}
+MAX_MISSES = 5_000  # derivations in a row without a new game: the split is exhausted
 
-# What makes the embedded base policy like an LLM before RL. It first learns the skills, then a habit on top of them: (ours)
-# share of demonstrations whose target is another game's, share of derivations that combine the first two numbers first
+# What makes the embedded base policy like an LLM before RL (ours): it learns the skills, then a
+# habit. Share of demonstrations whose target is another game's, share of derivations that combine
+# the first two numbers first.
 STAGES = {"skills": (0.3, 0.0), "habit": (1.0, 0.9)}
 
 Game = tuple[tuple[int, ...], int]  # numbers, target
@@ -34,7 +35,7 @@ def question(numbers: tuple[int, ...], target: int) -> str:
 
 
 def split_of(numbers: tuple[int, ...]) -> str:
-    """The split a set of numbers belongs to, whatever their order: a hash, so that it is the same for every seed and size."""
+    """The split a set of numbers belongs to, by a hash: the same for every order, seed and size."""
     digest = hashlib.sha256(",".join(map(str, sorted(numbers))).encode()).digest()
     bucket = int.from_bytes(digest[:8], "big") % 10
     return next(split for split, buckets in BUCKETS.items() if bucket in buckets)
@@ -43,8 +44,9 @@ def split_of(numbers: tuple[int, ...]) -> str:
 def random_derivation(
     numbers: tuple[int, ...], rng: np.random.Generator, in_order: bool = False
 ) -> tuple[str, int] | None:
-    """Combine two random numbers of the board (in_order: its first two) until one is left; returns (steps, value), or None when a result
-    leaves 0..MAX_VALUE."""
+    """Combine two random numbers of the board (in_order: its first two) until one is left.
+
+    Returns (steps, value), or None when a result leaves 0..MAX_VALUE."""
     board, steps = list(numbers), []
     while len(board) > 1:
         pair = [board.pop(0 if in_order else int(rng.integers(len(board)))) for _ in range(2)]
@@ -75,21 +77,24 @@ def _derivations(
 def generate_games(
     split: str, *, size: int, seed: int, num_numbers: int, max_number: int
 ) -> list[Game]:
-    """size different solvable games of a split, drawn by seed. Games that plain addition solves are left out: they need no search.
+    """size different solvable games of a split, drawn by seed.
 
-    Raises ValueError when the split holds too few.
+    Games that plain addition solves are left out: they need no search. Raises UserError for an
+    unknown split or an impossible size, and when the split holds too few games.
     """
     if split not in BUCKETS:
-        raise ValueError(
+        raise UserError(
             f"data source 'countdown:{split}': unknown split; expected one of {', '.join(BUCKETS)}"
         )
     if size < 1:
-        raise ValueError(
-            f"data source 'countdown:{split}': its problems are generated, so their number must be given (got {size})"
+        raise UserError(
+            f"data source 'countdown:{split}': its problems are generated, "
+            f"so their number must be given (got {size})"
         )
     if not (2 <= num_numbers <= 8 and 1 <= max_number <= MAX_VALUE):
-        raise ValueError(
-            f"countdown: {num_numbers} numbers up to {max_number}: expected 2..8 numbers up to at most {MAX_VALUE}"
+        raise UserError(
+            f"countdown: {num_numbers} numbers up to {max_number}: "
+            f"expected 2..8 numbers up to at most {MAX_VALUE}"
         )
     games: dict[tuple, Game] = {}
     misses = 0
@@ -99,7 +104,7 @@ def generate_games(
             misses += 1
             if misses > MAX_MISSES:
                 found = f"only {len(games)} games of {num_numbers} numbers up to {max_number} found"
-                raise ValueError(f"countdown:{split}: {found}, {size} wanted")
+                raise UserError(f"countdown:{split}: {found}, {size} wanted")
             continue
         games[key] = (numbers, target)
         misses = 0
@@ -110,11 +115,14 @@ def generate_games(
 def generate_demonstrations(
     stage: str, *, size: int, seed: int, num_numbers: int, max_number: int
 ) -> list[tuple[tuple[int, ...], int, str]]:
-    """size (numbers, target, steps) of a stage of STAGES. The arithmetic is right; a share of the targets is swapped among the games."""
+    """size (numbers, target, steps) of a stage of STAGES.
+
+    The arithmetic is right; a share of the targets is swapped among the games. Raises UserError
+    for an unknown stage.
+    """
     if stage not in STAGES:
-        raise ValueError(
-            f"demonstrations 'countdown:{stage}': expected countdown:{' or countdown:'.join(STAGES)}"
-        )
+        stages = " or countdown:".join(STAGES)
+        raise UserError(f"demonstrations 'countdown:{stage}': expected countdown:{stages}")
     wrong_target_share, in_order_share = STAGES[stage]
     source = _derivations("demonstrations", seed, num_numbers, max_number, in_order_share)
     demos = [next(source) for _ in range(size)]
@@ -130,24 +138,176 @@ def generate_demonstrations(
 
 def build_tokenizer() -> Tokenizer:
     """One token for each number 0..MAX_VALUE, sign and word of the game."""
-    words = [
-        "<eos>",
-        "make",
-        "from",
-        ":",
-        ",",
-        "=",
-        "+",
-        "-",
-        "*",
-        "/",
-        "(",
-        ")",
-        *map(str, range(MAX_VALUE + 1)),
-    ]
+    words = ["<eos>", "make", "from", *":,=+-*/()", *map(str, range(MAX_VALUE + 1))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.add_special_tokens(["<eos>"])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     )
     return tokenizer
+
+
+# ---- the judge ----
+
+MAX_CHARS = 1000
+MAX_DEPTH = 50
+MAX_DIGITS = 30
+
+_LEAD_IN = re.compile(r".*(?::|\banswer is\b|\bexpression is\b|<answer>)[*\s]*(?=.)")
+_INLINE_MATH = re.compile(r"\\\(([^$\n]*?)\\\)|\$([^$\n]+)\$")
+_TOKEN = re.compile(r"\d+(?:\.\d+)?|\\[dt]?frac|\n|[^ \t\r]")
+_SIGNS = str.maketrans("×✕⋅·∙÷−–xX{}[]", "*****/--**()()")
+_LATEX = re.compile(r"\\(?:left|right|displaystyle|[()\[\],;:!]|text\s*\{\s*\})|\\(?=[{}])")
+_COMMANDS = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\\\", "\n"))
+
+
+def judge(response: str, numbers: Sequence[int], target: int | Fraction) -> tuple[str, str | None]:
+    """("correct" | "wrong" | "unparsable" | "no_answer", the text that was judged).
+
+    A derivation uses each number exactly once, with + - * / and parentheses. It is played on a
+    board: that starts as the given numbers; each step takes its numbers off the board and puts its
+    value on it, and at the end the board must hold the target alone. "(3 + 5) * 2" is one step;
+    "3 + 5 = 8, 8 * 2 = 16" is two.
+
+        answer := step (("," | ";" | newline) step)*
+        step   := expr ("=" expr)*                      a stated value must be exactly right
+        expr   := term (("+" | "-") term)*              term   := factor (("*" | "/") factor)*
+        factor := number | "(" expr ")" | "\\frac" factor factor
+
+    What stands in the last <answer>...</answer> is judged, or else in the last \\boxed{}, or else
+    the whole response, or else (when that is no correct derivation) its last line. Values are
+    exact; division by zero is "wrong". There is no unary minus: "-2" is a number that must be on
+    the board, as it is after "3 - 5 = -2".
+    """
+    marked = extract_tagged(response)
+    if marked is None:
+        marked = extract_boxed(response)
+    if marked is not None:
+        return _judged(marked, numbers, target)
+    reason, text = _judged(response, numbers, target)
+    if reason in ("correct", "no_answer"):
+        return reason, text
+    last_line = response.strip("`\n\t ").rpartition("\n")[2][-MAX_CHARS:]
+    lead_in = _LEAD_IN.match(last_line)
+    last_line = last_line[lead_in.end() :] if lead_in else last_line
+    formulas = _INLINE_MATH.findall(last_line)
+    return _judged(max(formulas[-1]) if formulas else last_line, numbers, target)
+
+
+def _judged(text: str, numbers: Sequence[int], target: int | Fraction) -> tuple[str, str | None]:
+    text = text.strip()
+    if not text:
+        return "no_answer", None
+    if len(text) > MAX_CHARS:
+        return "unparsable", text[:MAX_CHARS]
+    derivation = _Derivation(_tokens(text), numbers)
+    try:
+        derivation.run()
+    except _NotADerivation:
+        return "unparsable", text
+    is_correct = derivation.valid and derivation.board == [target]
+    return "correct" if is_correct else "wrong", text
+
+
+def _tokens(text: str) -> list[str]:
+    if "\\" in text:
+        for latex, sign in _COMMANDS:
+            text = text.replace(latex, sign)
+        text = _LATEX.sub(" ", text)
+    if not text.isascii() or not text[-1].isdigit():
+        text = text.strip("$`. \n")
+        if text.startswith("**") and text.endswith("**"):  # bold in Markdown
+            text = text[2:-2]
+    return _TOKEN.findall(text.translate(_SIGNS))
+
+
+class _NotADerivation(Exception):
+    pass
+
+
+class _Derivation:
+    """Recursive descent over the tokens, which evaluates as it reads.
+
+    valid turns False at a number that is not on the board, a wrongly stated value or a division by
+    zero; a syntax error raises _NotADerivation."""
+
+    def __init__(self, tokens: list[str], numbers: Sequence[int]):
+        self.tokens = [*tokens, ""]
+        self.position = 0
+        self.board = list(numbers)
+        self.valid = True
+        self.depth = 0
+
+    def run(self) -> None:
+        while True:
+            while self.tokens[self.position] in (",", ";", "\n"):
+                self.position += 1
+            if not self.tokens[self.position]:
+                return
+            value = self.expression(takes=True)
+            while self.tokens[self.position] == "=":
+                self.position += 1
+                if self.expression(takes=False) != value:
+                    self.valid = False
+            if self.tokens[self.position] not in ("", ",", ";", "\n"):
+                raise _NotADerivation
+            self.board.append(value)
+
+    def expression(self, takes: bool) -> int | Fraction:
+        value = self.term(takes)
+        while (operator := self.tokens[self.position]) in ("+", "-"):
+            self.position += 1
+            other = self.term(takes)
+            value = value + other if operator == "+" else value - other
+        return value
+
+    def term(self, takes: bool) -> int | Fraction:
+        value = self.factor(takes)
+        while (operator := self.tokens[self.position]) in ("*", "/"):
+            self.position += 1
+            other = self.factor(takes)
+            value = value * other if operator == "*" else self.quotient(value, other)
+        return value
+
+    def factor(self, takes: bool) -> int | Fraction:
+        token = self.tokens[self.position]
+        self.position += 1
+        if token[:1].isdecimal():
+            return self.number(token, takes)
+        if token == "-" and self.tokens[self.position][:1].isdecimal():
+            self.position += 1
+            return self.number("-" + self.tokens[self.position - 1], takes)
+        if token == "(":
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                raise _NotADerivation
+            value = self.expression(takes)
+            if self.tokens[self.position] != ")":
+                raise _NotADerivation
+            self.position += 1
+            self.depth -= 1
+            return value
+        if token.endswith("frac"):
+            if self.tokens[self.position] != "(":
+                raise _NotADerivation
+            numerator = self.factor(takes)
+            return self.quotient(numerator, self.factor(takes))
+        raise _NotADerivation
+
+    def number(self, token: str, takes: bool) -> int | Fraction:
+        if len(token) > MAX_DIGITS:
+            raise _NotADerivation
+        value = Fraction(token) if "." in token else int(token)
+        if takes:
+            try:
+                self.board.remove(value)
+            except ValueError:
+                self.valid = False
+        return value
+
+    def quotient(self, value: int | Fraction, other: int | Fraction) -> int | Fraction:
+        if other == 0:
+            self.valid = False
+            return 0
+        is_whole = isinstance(value, int) and isinstance(other, int) and value % other == 0
+        return value // other if is_whole else Fraction(value) / other

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from answers.extract import extract_boxed
 from config import UserError
-from verify import extract_boxed
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 QUESTIONS = ("problem", "question", "prompt", "Problem", "Question")

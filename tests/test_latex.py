@@ -1,18 +1,17 @@
-"""latex.py, evaluation.py, units.py: what parses to what, which values are exact, and the caps that hold before anything is evaluated."""
+"""latex.py, evaluation.py, units.py: what parses to what, exact values, and the caps."""
 
 import time
 from fractions import Fraction
 
 import pytest
 
-import units
-from evaluation import Evaluation, start_budget, variables
-from latex import MAX_DEPTH, MAX_DIGITS, NotMath, TooHard, Undefined, normalise, parse
+from answers.evaluation import Budget, Evaluation, TooHard, Undefined, variables
+from answers.latex import MAX_DEPTH, MAX_DIGITS, NotMath, normalise, parse
 
 
 def value(text: str, **point):
-    start_budget()
-    return Evaluation({name: Fraction(number) for name, number in point.items()}).value(parse(text))
+    numbers = {name: Fraction(number) for name, number in point.items()}
+    return Evaluation(Budget(), numbers).value(parse(text))
 
 
 @pytest.mark.parametrize(
@@ -53,26 +52,14 @@ def value(text: str, **point):
         ("\\lfloor 7/2 \\rfloor", 3),
         ("\\lceil -7/2 \\rceil", -3),
         ("\\binom{5}{2}", 10),
-        ("\\gcd(12, 18)", 6),
-        ("\\max(1, 2, 3)", 3),
-        ("\\sum_{k=1}^{10} k", 55),
-        ("\\sum_{k=1}^{x} k^2 + 1", 6),
-        ("\\prod_{k=1}^{4} k", 24),
         ("1{,}234", 1234),
-        ("1010_2", 10),
-        ("777_{8}", 511),
-        ("0.1\\overline{6}", Fraction(1, 6)),
-        ("0.1(6)", Fraction(1, 6)),
         ("2^{3} 3^{2}", 72),
         ("2! 3!", 12),
-        ("\\sum_{i=1}^{4} i", 10),
-        ("2A_{16}", 42),
-        ("{}_5C_2", 10),
-        ("\\max(2, \\sqrt{2})", 2),
     ],
 )
 def test_value_exact(text, expected):
-    """Would get precedence, implicit multiplication, a malformed command or an exact value wrong; floats would show in the type."""
+    """Would get precedence, implicit multiplication, a malformed command or an exact value wrong;
+    floats would show in the type."""
     result = value(text, x=2)
     assert isinstance(result, Fraction) and result == expected
 
@@ -99,10 +86,33 @@ def test_value_real(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "(", ")", "(1", "1)", "[1)2", "\\frac{1}", "\\frac{1}{", "1 +", "* 2", "1 2", "x^", "x_", "\\unknown{3}", "129_8", "\\sum k",
-     "\\int x", "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}", "()", "[1)", "[1,2,3)", "\\frac{1}{2}1", "\\lfloor 3,7 \\rfloor", "a ? b", "\x00",
-         "__import__('os')"],
-)  # fmt: skip
+    [
+        "",
+        "(",
+        ")",
+        "(1",
+        "1)",
+        "[1)2",
+        "\\frac{1}",
+        "\\frac{1}{",
+        "1 +",
+        "* 2",
+        "1 2",
+        "x^",
+        "x_",
+        "\\unknown{3}",
+        "\\int x",
+        "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}",
+        "()",
+        "[1)",
+        "[1,2,3)",
+        "\\frac{1}{2}1",
+        "\\lfloor 3,7 \\rfloor",
+        "a ? b",
+        "\x00",
+        "__import__('os')",
+    ],
+)
 def test_parse_rejects(text):
     """Would read half of a text and ignore the rest."""
     with pytest.raises(NotMath):
@@ -111,9 +121,18 @@ def test_parse_rejects(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1), "{" * 1000 + "1" + "}" * 900, "9" * (MAX_DIGITS + 1), "1e999999", "x" * 5000,
-     "-" * 1500 + "1", "\\sqrt{" * 100 + "1" + "}" * 100, "2^" * 100 + "2", "((" * 1000],
-)  # fmt: skip
+    [
+        "(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1),
+        "{" * 1000 + "1" + "}" * 900,
+        "9" * (MAX_DIGITS + 1),
+        "1e999999",
+        "x" * 5000,
+        "-" * 1500 + "1",
+        "\\sqrt{" * 100 + "1" + "}" * 100,
+        "2^" * 100 + "2",
+        "((" * 1000,
+    ],
+)
 def test_caps_of_the_parser(text):
     """Would overflow the stack, or build a number of millions of digits, while parsing."""
     start = time.perf_counter()
@@ -164,51 +183,61 @@ def test_undefined(text):
 
 def test_budget_is_shared():
     """Would let an answer of many parts spend the budget of one evaluation on each."""
-    node = parse("\\sum_{k=1}^{500} k^2")
-    start_budget(2000)
+    node = parse("+".join(["k^2"] * 100))
+    budget = Budget(2000)
     with pytest.raises(TooHard):
         for _ in range(10):
-            Evaluation({}).value(node)
-    start_budget()
+            Evaluation(budget, {"k": Fraction(3)}).value(node)
+
+
+def test_lost_term():
+    """Would call e^100 + 1 equal to e^100, as 40 digits do not hold the difference."""
+    for text in ("e^{100}+1", "2^{13000}-1", "\\pi+10^{-30}"):
+        with pytest.raises(Undefined):
+            value(text)
 
 
 def test_variables_bound():
-    """Would count the index of a sum, or miss a variable, when looking for random points."""
-    assert variables(parse("\\sum_{k=1}^{n} k x_1 + \\alpha")) == {"n", "x_1", "\\alpha"}
+    """Would count the variable of an integral, or miss one, when looking for random points."""
+    assert variables(parse("\\alpha + \\int_1^n k x_1 dk")) == {"n", "x_1", "\\alpha"}
     assert variables(parse("2\\pi e^i")) == set()
 
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("1\\,234", "1234"), ("1{,}234", "1234"), ("$5$", "5"), ("½", "\\frac{1}{2}"), ("٣", "3"), ("4 2.", "4 2"), ("x = 5.", "x = 5")],
-)  # fmt: skip
+    [
+        ("1\\,234", "1234"),
+        ("1{,}234", "1234"),
+        ("$5$", " 5"),
+        ("½", "1/2"),
+        ("2½", "(2+1/2)"),
+        ("٣", "3"),
+        ("xⁿ", "x^{n}"),
+        ("2ᵏ", "2ᵏ"),
+        ("５，０００", "5,000"),
+        ("4 2.", "4 2"),
+        ("x = 5.", "x = 5"),
+    ],
+)
 def test_normalise(text, expected):
     """Would leave a spelling that the parser does not know."""
     assert normalise(text) == expected
 
 
 @pytest.mark.parametrize(
-    "text, expected",
-    [("seven", "7"), ("twenty-one apples", "21 apples"), ("one thousand two hundred and fifty", "1250"), ("minus five", "-5"),
-     ("two and a half", "5/2"), ("three quarters", "3/4"), ("half", "1/2"), ("one-to-one", "one-to-one"), ("one two", "one two"),
-     ("an ellipse", "an ellipse"), ("hundred", "hundred"), ("twenty and", "twenty and")],
-)  # fmt: skip
-def test_number_words(text, expected):
-    """Would take words for another number, or words that only contain number words for a number."""
-    assert units.number_words_as_digits(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text, value, unit",
-    [("5 ft 3 in", Fraction(21, 4), "ft"), ("5'3\"", Fraction(21, 4), "ft"), ("2h 30m", Fraction(5, 2), "h"),
-     ("-1 m 20 cm", Fraction(-6, 5), "m"), ("30^\\circ 15'", Fraction(121, 4), "deg")],
-)  # fmt: skip
-def test_compound_quantity(text, value, unit):
-    """Would lose the second part of a quantity, or read 2h 30m as metres."""
-    assert units.compound(text) == (value, units.UNITS[unit])
-
-
-@pytest.mark.parametrize("text", ["3 in 5 ft", "5 ft 3 kg", "5 apples 3 pears", "5 ft", "5 3"])
-def test_compound_quantity_rejects(text):
-    """Would add up what is not of one kind, or not in the order in which people write it."""
-    assert units.compound(text) is None
+    "text, powers",
+    [
+        ("5 cm", (("cm", 1),)),
+        ("5 \\text{ centimeters}", (("cm", 1),)),
+        ("5 \\text{ km/h}", (("h", -1), ("km", 1))),
+        ("5 kilometers per hour", (("h", -1), ("km", 1))),
+        ("5 m/s", (("m", 1), ("s", -1))),
+        ("5 \\text{ square feet}", (("ft", 2),)),
+        ("5 \\mathrm{~m} \\mathrm{~s}^{-2}", (("m", 1), ("s", -2))),
+        ("5 apples", (("apple", 1),)),
+    ],
+)
+def test_unit(text, powers):
+    """Would lose a unit's power, take its plural or another name of it for another unit, or read a
+    unit as a product of variables."""
+    assert parse(text) == ("unit", ("num", 5, 0), powers)

@@ -11,19 +11,16 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-import equality
-import verify as verify_module
+from answers import equality, workers
+from answers.equality import check_gold
 from verify import (
     answers_match,
-    check_gold,
     extract_answer,
     verify,
-    verify_countdown,
     verify_many,
     verify_math,
 )
@@ -48,163 +45,6 @@ class Problem:
     tolerance: float = 0.0
     numbers: tuple[int, ...] = ()
     target: int = 0
-
-
-# ---- Countdown ----
-
-
-@pytest.mark.parametrize(
-    "response",
-    [
-        "3 + 5 = 8 , 8 * 2 = 16",
-        "3 + 5 = 8; 8 * 2 = 16",
-        "3 + 5 = 8\n8 * 2 = 16\n",
-        "3 + 5 , 8 * 2",
-        "3 + 5 = 8 , 8 * 2 = 16 , 16",
-        "(3 + 5) * 2",
-        "2*(5+3)",
-        "((((3+5))))*2",
-        "(3+5)*2 = 16",
-        "(3+5)*2 = 16 = 16",
-        "(3+5)*2 = 8*2 = 16",
-        "(3 + 5) × 2",
-        "(3 + 5) · 2 = 16",
-        "(3+5)x2",
-        r"\boxed{(3+5)\times 2}",
-        r"\boxed{\left(3+5\right)\cdot 2 = 16}",
-        r"so \( (3+5) \times 2 = 16 \)",
-        "$(3+5)*2$",
-        "**(3+5)*2**",
-        "<answer>(3+5)*2</answer>",
-        "<answer>\n(3 + 5) * 2\n</answer>\n",
-        "<answer>3+5</answer> no, <answer> (3+5)*2 </answer> done",
-        "<think>3*5+2 = 17, too much</think>\n(3+5)*2",
-        "I try 3*5.\nThe answer is (3+5)*2.",
-        "Answer: (3+5)*2 = 16",
-        "3 - 5 = -2\nthat fails\n2 * (3 + 5) = 16",
-    ],
-)
-def test_verify_countdown_accepts(response):
-    """Would reject a right derivation because of its notation, its steps, or the text around it (a newline after the tag)."""
-    assert verify_countdown(response, (3, 5, 2), 16).correct
-
-
-@pytest.mark.parametrize(
-    "response, reason",
-    [
-        ("3 + 5 = 8 , 8 * 2 = 15", "wrong"),  # stated value
-        ("3 + 5 = 9 , 9 * 2 = 18", "wrong"),
-        ("(3+5)*2 = 17 = 16", "wrong"),
-        ("3 + 5 = 8", "wrong"),  # 2 is left
-        ("8 * 2 = 16", "wrong"),  # 8 is not given
-        ("3 + 5 = 8 , 8 * 2 = 16 , 16 * 1 = 16", "wrong"),  # 1 is not given
-        ("(3+5)*2 , (3+5)*2", "wrong"),  # numbers used twice
-        ("(3+5)*2 + 0", "wrong"),
-        ("16", "wrong"),
-        ("3*5+2", "wrong"),
-        ("5*2 = 10, 10 + 3*2 = 16", "wrong"),  # the 2 is off the board
-        ("(3+5)*(2/2)*2", "wrong"),
-        ("2 / (5 - 5)", "wrong"),
-        ("(3+5)/0", "wrong"),
-        ("-3 + 5", "wrong"),  # no unary minus
-        ("3 + 5 = 8.0001, 8*2 = 16", "wrong"),
-        ("35 + 2", "wrong"),  # digits glued together
-        ("(3+5)**2", "unparsable"),
-        ("99**98**97", "unparsable"),
-        ("(3+5)^2", "unparsable"),
-        ("16//1", "unparsable"),
-        ("(3+5)2", "unparsable"),
-        ("(3+5)*2)", "unparsable"),
-        ("((3+5)*2", "unparsable"),
-        ("3 5 2", "unparsable"),
-        ("--3+5*2", "unparsable"),
-        ("(3+5)*2 = ", "unparsable"),
-        ("(3+5)*2 == 16", "unparsable"),
-        ("3! + 5*2", "unparsable"),
-        ("1e1 + 3 + 5", "unparsable"),
-        ("__import__('os').getcwd()", "unparsable"),
-        ("<answer>lambda: 16</answer>", "unparsable"),
-        ("I do not know", "unparsable"),
-        ("(3+5)*2 \\boxed{3+5}", "wrong"),
-        ("(3+5)*2 <answer>16</answer>", "wrong"),
-        ("<answer></answer>", "no_answer"),
-        ("", "no_answer"),
-        (" \n ", "no_answer"),
-    ],
-)
-def test_verify_countdown_rejects(response, reason):
-    """Would reward a wrong derivation: numbers reused or invented, a false stated value, or syntax that is not + - * / and parentheses."""
-    verdict = verify_countdown(response, (3, 5, 2), 16)
-    assert (verdict.correct, verdict.reason) == (False, reason)
-
-
-def test_verify_countdown_exact_rationals():
-    """Floats would call 8 / (3 - 8/3) not quite 24, and accept a quotient that is only nearly right."""
-    assert verify_countdown("8 / (3 - 8/3)", (3, 3, 8, 8), 24).correct
-    assert (
-        verify_countdown("8/3 = 8/3, 3 - 8/3", (3, 3, 8), Fraction(1, 3)).correct is False
-    )  # the board then holds 8/3 as one number
-    assert verify_countdown(r"\frac{8}{3 - \frac{8}{3}} = 24", (3, 3, 8, 8), 24).correct
-    assert not verify_countdown("1/3 = 0.333, 3*4", (1, 3, 3, 4), 4).correct
-    assert not verify_countdown(
-        "100000000000000000/3*3+1", (100000000000000000, 3, 3, 1), 100000000000000000
-    ).correct
-
-
-def test_verify_countdown_negative_intermediate():
-    """Would lose a derivation that passes through a negative number, or lend a sign to a given one."""
-    assert verify_countdown("3 - 5 = -2, -2 + 18 = 16", (3, 5, 18), 16).correct
-    assert verify_countdown("3 - 5 = -2, 18 + -2 = 16", (3, 5, 18), 16).correct
-    assert not verify_countdown(
-        "3 - 5 = -2, 18 - 2 = 16", (3, 5, 18), 16
-    ).correct  # 2 is not on the board, -2 is
-
-
-def test_verify_countdown_brute_force():
-    """Would misjudge precedence, associativity or the use of a number: every tree on three numbers, judged by Python's own Fractions."""
-    operators = {
-        "+": Fraction.__add__,
-        "-": Fraction.__sub__,
-        "*": Fraction.__mul__,
-        "/": Fraction.__truediv__,
-    }
-    numbers = (6, 4, 3)
-    a, b, c = map(Fraction, numbers)
-    for o, f in operators.items():
-        for p, g in operators.items():
-            left, right = g(f(a, b), c), f(a, g(b, c))
-            flat = left if (o in "*/" or p in "+-") else right
-            for text, value in (
-                (f"(6{o}4){p}3", left),
-                (f"6{o}(4{p}3)", right),
-                (f"6 {o} 4 {p} 3", flat),
-            ):
-                assert verify_countdown(text, numbers, value).correct
-                assert not verify_countdown(text, numbers, value + 1).correct
-                assert not verify_countdown(text, (6, 4, 4), value).correct
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["(" * 100_000, "(" * 300 + "3" + ")" * 300, "9" * 100_000, "1*" * 50_000 + "1", "-" * 1000, "\x00", "3 + 5 = 8, " * 10_000,
-     "\\boxed{" * 5000 + "}" * 5000, "\\frac" * 200, "<answer>" * 20_000, "9" * 900 + "*" + "9" * 50, "\\boxed" * 20_000],
-)  # fmt: skip
-def test_verify_countdown_hostile(text):
-    """Would hang, overflow the stack or raise on text that a policy can produce."""
-    start = time.perf_counter()
-    assert not verify_countdown(text, (3, 5, 2), 16).correct
-    assert time.perf_counter() - start < 1.0
-
-
-def test_verify_countdown_fast():
-    """Would make verification a visible share of a step of the tiny model: more than 50 microseconds for a two-step derivation."""
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(200):
-            verify_countdown("3 + 5 = 8 , 8 * 2 = 16", (3, 5, 2), 16)
-        seconds.append((time.perf_counter() - start) / 200)
-    assert min(seconds) < 50e-6
 
 
 # ---- extraction ----
@@ -232,7 +72,8 @@ def test_verify_countdown_fast():
     ],
 )
 def test_extract_answer(text, answer):
-    """Would miss or cut the final answer: nested braces, the last of several, a newline after the tag, separators."""
+    """Would miss or cut the final answer: nested braces, the last of several, a newline after the
+    tag, separators."""
     assert extract_answer(text) == answer
 
 
@@ -285,7 +126,8 @@ def judge(case: dict) -> bool:
 
 @pytest.mark.parametrize("name", sorted({case["class"] for case in CASES}))
 def test_verify_cases(name):
-    """Would misjudge an answer of this class: an equal one in other notation, or a near miss. All of the file must pass."""
+    """Would misjudge an answer of this class: an equal one in other notation, or a near miss. All
+    of the file must pass."""
     failed = [case for case in CASES if case["class"] == name and judge(case) != case["correct"]]
     assert not failed, "\n".join(json.dumps(case) for case in failed)
 
@@ -301,7 +143,8 @@ def test_verify_cases_both_ways():
     "gold", ["", " ", "$$", "?", "\\frac{1}{", "((", "5+", "\\boxed{}", "x" * 3000]
 )
 def test_unparsable_gold(gold):
-    """Would turn a broken gold answer into a reward for whatever equals it, instead of an error at load time."""
+    """Would turn a broken gold answer into a reward for whatever equals it, instead of an error at
+    load time."""
     with pytest.raises(ValueError, match="gold"):
         check_gold(gold)
     for answer in (gold, "5", "", "\\boxed{" + gold + "}"):
@@ -338,22 +181,63 @@ def test_verify_math_reasons():
 # ---- hostile text and time ----
 
 HOSTILE = [
-    "9^{9^{9^{9^9}}}", "99**98**97", "(10^{10^6})!", "3000!^{3000!}", "5!!!!!!", "\\binom{10^9}{5\\cdot 10^8}", "\\binom{3000}{1500}^{100}",
-    "\\prod_{k=1}^{1000} k^{1000}", "\\sum_{k=1}^{1000000000} k", "\\sum_{i=1}^{500}\\sum_{j=1}^{500}\\sum_{k=1}^{500} ijk",
-    "e^{e^{e^{e^{10}}}}", "x^{x^{x^{x^x}}}", "(x+y+z+w)^{1000}", "(1+x)^{100000}", "1e999999", "\\sqrt[1000000]{2}", "\\sin(10^{10^{5}})",
-    "\\sqrt{" * 200 + "2" + "}" * 200, "\\frac{1}{" * 200 + "2" + "}" * 200, "{" * 10_000 + "1" + "}" * 10_000, "(" * 10_000,
-    "|" * 5000, "9" * 100_000, "x" * 100_000, "-" * 5000 + "1", "+".join(["x"] * 900), "1/" * 500 + "1", ",".join(["\\sqrt{2}"] * 90),
-    "\x00", "__import__('os').system('exit')", "lambda x: x", "eval('1')", "\\input{/etc/passwd}",
-    "\ud800", "$" * 10_000, "\\boxed{" * 5000,
-    "\\" * 10_000, "\\text{" * 1000, "answer is " * 10_000, "a is " * 20_000, "#" * 100_000, "\\[" * 50_000, "\\boxed{1}, " * 5000,
-    "\\begin{pmatrix}" + "1&" * 400 + "1\\end{pmatrix}", "\\pm 1" * 100, "1/0", "0^{-1}", "\\infty-\\infty", "\\log 0",
+    "9^{9^{9^{9^9}}}",
+    "99**98**97",
+    "(10^{10^6})!",
+    "3000!^{3000!}",
+    "5!!!!!!",
+    "\\binom{10^9}{5\\cdot 10^8}",
+    "\\binom{3000}{1500}^{100}",
+    "\\prod_{k=1}^{1000} k^{1000}",
+    "\\sum_{k=1}^{1000000000} k",
+    "\\sum_{i=1}^{500}\\sum_{j=1}^{500}\\sum_{k=1}^{500} ijk",
+    "e^{e^{e^{e^{10}}}}",
+    "x^{x^{x^{x^x}}}",
+    "(x+y+z+w)^{1000}",
+    "(1+x)^{100000}",
+    "1e999999",
+    "\\sqrt[1000000]{2}",
+    "\\sin(10^{10^{5}})",
+    "\\sqrt{" * 200 + "2" + "}" * 200,
+    "\\frac{1}{" * 200 + "2" + "}" * 200,
+    "{" * 10_000 + "1" + "}" * 10_000,
+    "(" * 10_000,
+    "|" * 5000,
+    "9" * 100_000,
+    "x" * 100_000,
+    "-" * 5000 + "1",
+    "+".join(["x"] * 900),
+    "1/" * 500 + "1",
+    ",".join(["\\sqrt{2}"] * 90),
+    "\x00",
+    "__import__('os').system('exit')",
+    "lambda x: x",
+    "eval('1')",
+    "\\input{/etc/passwd}",
+    "\ud800",
+    "$" * 10_000,
+    "\\boxed{" * 5000,
+    "\\" * 10_000,
+    "\\text{" * 1000,
+    "answer is " * 10_000,
+    "a is " * 20_000,
+    "#" * 100_000,
+    "\\[" * 50_000,
+    "\\boxed{1}, " * 5000,
+    "\\begin{pmatrix}" + "1&" * 400 + "1\\end{pmatrix}",
+    "\\pm 1" * 100,
+    "1/0",
+    "0^{-1}",
+    "\\infty-\\infty",
+    "\\log 0",
     "\\tan(\\frac{\\pi}{2})",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("gold", ["42", "x^2+\\sqrt{2}"])
 def test_hostile_text(gold):
-    """Would raise, hang or be rewarded for text that a policy can produce: towers, factorials, deep nesting, code, 100,000 characters."""
+    """Would raise, hang or be rewarded for text that a policy can produce: towers, factorials, deep
+    nesting, code, 100,000 characters."""
     for text in HOSTILE:
         for response in (text, "\\boxed{" + text + "}", "The answer is $" + text):
             start = time.perf_counter()
@@ -363,12 +247,22 @@ def test_hostile_text(gold):
 
 
 SLOW_IN_PROCESS = [
-    "\\sum_{m=1}^{1000}\\sum_{i=0}^{100} \\pi", "\\sum_{m=1}^{1000} \\arcsin(e^{(i)^{y}})", "\\sum_{i=1}^{9}" * 40 + "i",
-    "(" * 55 + "x" + ")^{99}" * 55, "\\begin{pmatrix}" + "\\\\".join(["&".join(["\\sqrt{x}"] * 8)] * 8) + "\\end{pmatrix}^6",
-    "\\begin{vmatrix}" * 9 + "x&1\\\\1&x" + "\\end{vmatrix}&1\\\\1&1" * 8 + "\\end{vmatrix}", "|" * 400 + "x" + "|" * 400,
-    "\\{" + ",".join(f"\\sqrt{{{n}}}" for n in range(100)) + "\\}", "\\cup".join(f"[{2 * n},{2 * n + 1}]" for n in range(120)),
-    "\\begin{cases}" + "1&x>0\\\\" * 150 + "\\end{cases}", "5 ft 3 in " * 150, "five hundred " * 150, "]1,2[" * 200, "0.(3)" * 200,
-]  # fmt: skip
+    "\\sum_{m=1}^{1000}\\sum_{i=0}^{100} \\pi",
+    "\\sum_{m=1}^{1000} \\arcsin(e^{(i)^{y}})",
+    "\\sum_{i=1}^{9}" * 40 + "i",
+    "(" * 55 + "x" + ")^{99}" * 55,
+    "\\begin{pmatrix}" + "\\\\".join(["&".join(["\\sqrt{x}"] * 8)] * 8) + "\\end{pmatrix}^6",
+    "\\begin{vmatrix}" * 9 + "x&1\\\\1&x" + "\\end{vmatrix}&1\\\\1&1" * 8 + "\\end{vmatrix}",
+    "|" * 400 + "x" + "|" * 400,
+    "\\{" + ",".join(f"\\sqrt{{{n}}}" for n in range(100)) + "\\}",
+    "\\cup".join(f"[{2 * n},{2 * n + 1}]" for n in range(120)),
+    "\\begin{cases}" + "1&x>0\\\\" * 150 + "\\end{cases}",
+    "5 ft 3 in " * 150,
+    "five hundred " * 150,
+    "1=(" * 50 + "1" + ")" * 50,
+    "]1,2[" * 200,
+    "0.(3)" * 200,
+]
 
 
 @pytest.mark.parametrize(
@@ -383,8 +277,9 @@ SLOW_IN_PROCESS = [
     ],
 )
 def test_hostile_text_in_process(gold):
-    """Would block the main process, where nothing is killed at a deadline: matrix powers of exponential size, sums of transcendental
-    functions, quadratic matching. 0.15 s was the worst when this was written; the bound leaves room for a loaded machine."""
+    """Would block the main process, where nothing is killed at a deadline: matrix powers of
+    exponential size, sums of transcendental functions, quadratic matching. 0.15 s was the worst
+    when this was written; the bound leaves room for a loaded machine."""
     for text in SLOW_IN_PROCESS:
         start = time.perf_counter()
         assert equality.compare(gold, text) != "correct", text[:80]
@@ -394,8 +289,6 @@ def test_hostile_text_in_process(gold):
 @pytest.mark.parametrize(
     "text",
     [
-        "\\max(1,e)",
-        "\\min(3,\\pi,x)",
         "\\exp(1,2)",
         "\\ln(0,z)",
         "\\log_{2}(3,4,5)",
@@ -404,9 +297,27 @@ def test_hostile_text_in_process(gold):
     ],
 )
 def test_compare_never_raises(text):
-    """Would raise TypeError: an mpmath number compared with a Fraction, a function of too many arguments."""
+    """Would raise TypeError: an mpmath number compared with a Fraction, a function of too many
+    arguments."""
     for pair in ((text, "42"), ("42", text), (text + "+x", "x^2")):
         assert equality.compare(*pair) == "wrong"
+
+
+def test_verdict_without_history():
+    """Would let a verdict depend on what was read or judged before it: a budget or a cache that
+    verdicts share. Loading 240 golds once made a correct answer wrong."""
+    gold = "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}^4"
+    costly = "+".join(f"\\sqrt{{{n}}}" for n in range(2, 150))
+    pairs = {
+        (gold, gold): "correct",
+        (costly, costly + "+0"): "correct",
+        (costly, costly + "+1"): "wrong",
+    }
+    for n in range(300):
+        check_gold(gold.replace("1", str(n)))
+    for _ in range(40):
+        for (one, other), reason in pairs.items():
+            assert equality.compare(one, other) == reason
 
 
 def test_nothing_is_executed(tmp_path):
@@ -431,7 +342,8 @@ def test_verify_imports_no_torch():
 
 
 def test_answers_match_fast():
-    """Would make verification a visible share of a step: plain answers must take less than half a millisecond."""
+    """Would make verification a visible share of a step: plain answers must take less than half a
+    millisecond."""
     pairs = [
         (c["gold"], c["answer"])
         for c in CASES
@@ -450,9 +362,10 @@ def test_answers_match_fast():
 
 
 def test_worker_killed_at_deadline_and_replaced():
-    """Would wait for sympy for ever (SIGALRM does not stop it), or be left without a worker after one was killed."""
+    """Would wait for sympy for ever (SIGALRM does not stop it), or be left without a worker after
+    one was killed."""
     assert answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
-    pid = verify_module._idle[-1].process.pid
+    pid = workers._idle[-1].process.pid
     start = time.perf_counter()
     assert answers_match("42", SLOW_INTEGRAL, timeout_s=1.0).reason == "timeout"
     assert time.perf_counter() - start < 2.0
@@ -464,18 +377,18 @@ def test_worker_killed_at_deadline_and_replaced():
 def test_worker_reused():
     """Would start a process, and import sympy, for every verdict."""
     answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0)
-    pid = verify_module._idle[-1].process.pid
+    pid = workers._idle[-1].process.pid
     for n in range(3):
         assert answers_match(
             f"\\frac{{1}}{{{n + 1}}}", f"\\int_0^1 x^{{{n}}} dx", timeout_s=20.0
         ).correct
-    assert verify_module._idle[-1].process.pid == pid
+    assert workers._idle[-1].process.pid == pid
 
 
 def test_worker_death_is_no_reward():
     """Would raise, or hang, when a worker is killed from outside (out of memory)."""
     answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0)
-    os.kill(verify_module._idle[-1].process.pid, signal.SIGKILL)
+    os.kill(workers._idle[-1].process.pid, signal.SIGKILL)
     assert not answers_match("\\frac{1}{4}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
     assert answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
 
@@ -483,12 +396,13 @@ def test_worker_death_is_no_reward():
 def test_worker_memory_bounded():
     """Would let one answer take all memory of the machine."""
     answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0)
-    pid = verify_module._idle[-1].process.pid
-    assert resource.prlimit(pid, resource.RLIMIT_AS) == (verify_module.WORKER_MEMORY,) * 2
+    pid = workers._idle[-1].process.pid
+    assert resource.prlimit(pid, resource.RLIMIT_AS) == (workers.MEMORY,) * 2
 
 
 def test_workers_from_threads():
-    """Would mix up answers, or fail, when several threads ask at once (signal-based timeouts work in the main thread only)."""
+    """Would mix up answers, or fail, when several threads ask at once (signal-based timeouts work
+    in the main thread only)."""
     verdicts = {}
     threads = [
         threading.Thread(

@@ -1,0 +1,628 @@
+"""Are two mathematical answers equal? Nothing here runs sympy or executes text.
+
+What counts as equal (a false accept is worse than a false reject):
+    numbers      exact; a decimal stands for a number without finite decimal only when it is that
+                 number rounded to 7 or more digits, or cut off there
+    percent      9% is 0.09; the gold 9% also accepts 9, the gold 9 does not accept 9%
+    units        a unit missing on one side is no difference; two must be the same, by any
+                 of its names; 90 degrees is 90 and pi/2
+    order        (1, 2) is ordered, and neither {1, 2} nor the list 1, 2; lists and sets are not
+                 ordered; every item of a list counts
+    (1, 2)       is a point, but also the open interval when the other side is one
+    x = 5        is 5; it is not y = 5; a chain whose parts differ (x = 41 = 42) is nothing
+    equations    equal up to a constant factor; inequalities of one variable as sets
+    matrices     entry by entry; a row, a column and a tuple are the same vector
+    letters      x is not X; words are compared without case
+    functions    equal wherever both are real: 2 ln x is ln x^2, but |x| is not x
+    1010_2       and 0.\\overline{3} are equal to themselves only
+"""
+
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from functools import lru_cache
+
+from answers.evaluation import (
+    ROUNDING,
+    SMALL,
+    Budget,
+    Evaluation,
+    TooHard,
+    Undefined,
+    contains,
+    real,
+    variables,
+)
+from answers.extract import extract_boxed
+from answers.latex import FUNCTIONS, GREEK_WORDS, MAX_CHARS, NotMath, parse
+
+MAX_ITEMS = 100
+MAX_VARIABLES = 10
+ROUNDED_DIGITS = 7  # so many significant digits, correctly rounded, stand for a number
+
+_REALS = ("var", "mathbb R")
+_INFINITY = ("const", "inf")
+_EVERYTHING = ("interval", ("neg", _INFINITY), _INFINITY, False, False)
+
+
+class Undecided(Exception):
+    """Only sympy can tell."""
+
+
+def compare(
+    gold: str,
+    answer: str,
+    tolerance: float = 0.0,
+    symbolic: Callable[[tuple, tuple], bool] | None = None,
+) -> str:
+    """The verdict's reason: "correct", "wrong", "unparsable" or "undecided". Never raises.
+
+    tolerance: a number at most so far from gold is correct, too.
+    symbolic: compares two trees that only sympy can; without it, they are "undecided".
+    """
+    gold, answer = extract_boxed(gold) or gold, extract_boxed(answer) or answer
+    comparison = _Comparison(symbolic)
+    try:
+        gold_node = read(gold)
+        is_letter = gold_node[0] == "var" and gold_node[1].isupper()
+        label = _LABELLED.match(answer) if is_letter else None  # (C) 42 for C
+        answers = [read(label[1] if label else _LABEL.sub("", answer))]
+        unitless = _LETTER_UNIT.fullmatch(answer)
+        if unitless and gold_node[0] != "unit" and not variables(gold_node):  # 5 m for 5
+            answers.append(read(unitless[1]))
+    except NotMath:
+        return "unparsable"
+    try:
+        if tolerance and comparison.within(gold_node, answers[0], tolerance):
+            return "correct"
+        is_same = any(comparison.same(gold_node, node) for node in answers)
+        return "correct" if is_same else "wrong"
+    except Undecided:
+        return "undecided"
+    except (ArithmeticError, ValueError, RecursionError):  # also what mpmath raises
+        return "wrong"
+
+
+def check_gold(gold: str) -> None:
+    """Raises ValueError when gold cannot be read as an answer: nothing could ever be right."""
+    try:
+        read(extract_boxed(gold) or gold)
+    except NotMath as error:
+        raise ValueError(f"gold answer {gold[:80]!r} cannot be read: {error}") from None
+
+
+# ---- reading ----
+
+# a multiple-choice letter with its text, "(C) 42" or "C. 42"; and the label alone, to be dropped
+_LABELLED = re.compile(
+    r"[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{)?\(?([A-J])[).:][\s}.:~\\$]*"
+    r"(?![-+*/^=_,\s}]|\\[ct])\S"
+)
+_LABEL = re.compile(
+    r"^[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{\(?[A-E]\)\}|\([A-E]\))[\s~\\]+(?=[\d$\\-])"
+)
+_LETTER_UNIT = re.compile(r"(.*[\d)}])(?:\s|\\,|~|\$)+[msghLNJWVK](?:\^\d)?[$.]?")
+_COMMAND = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|hbox)\s?\{([^{}]*)\}"
+)
+_LEAD_IN = re.compile(
+    r"\s*(?:\\text\{)?(?:the )?(?:final |correct )?"
+    r"(?:answer(?: is\b|:)|(?:option|choice)\b) ?\}? ?(?=.)",
+    re.IGNORECASE,
+)
+_TIME = re.compile(r"(\d{1,2}(?::\d{2})?) ?([ap])\.?m")
+_MATHS_WORDS = {*FUNCTIONS, *GREEK_WORDS, "and", "or", "inf", "infinity", "infty", "in", "mod"}
+_NOTHING = {"none", "empty set", "no solution", "no solutions", "no real solution"}
+_NOTHING |= {"no real solutions"}
+_ALL = {"all real numbers", "all reals", "real numbers"}
+
+
+@lru_cache(maxsize=4096)  # the gold answer comes once for each sample of a group
+def read(text: str) -> tuple:
+    """The tree of an answer; words become ("text", words). Raises NotMath."""
+    if len(text) > MAX_CHARS:
+        raise NotMath(f"longer than {MAX_CHARS} characters")
+    if not any(c.isalnum() or c in "∅{∞" for c in text):
+        raise NotMath("no letter and no digit")
+    text = text[lead_in.end() :] if (lead_in := _LEAD_IN.match(text)) else text
+    plain = " ".join(_COMMAND.sub(r" \1 ", text).replace("$", " ").replace("\\ ", " ").split())
+    plain = plain.strip(" .,;:!\"'*`()[]{}")
+    words = plain.casefold()
+    if _is_words(plain):
+        words = words.removeprefix("the ").removeprefix("an ").removeprefix("a ")
+        return ("set", ()) if words in _NOTHING else _REALS if words in _ALL else ("text", words)
+    if time := _TIME.fullmatch(words):
+        return ("text", f"{time[1]} {time[2]}m")
+    try:
+        return parse(text)
+    except NotMath:
+        if len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", words)) < 2:
+            raise
+        return ("text", re.sub(r"\s|\\(?:left|right)(?![a-z])", "", words))
+
+
+def _is_words(text: str) -> bool:
+    """Is this language, rather than variables and functions?"""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z' -]*", text):
+        return False
+    words = [word for word in text.split() if len(word) > 1 and word not in _MATHS_WORDS]
+    return any(len(word) > 2 or word.lower() in ("no", "am", "pm") for word in words)
+
+
+# ---- trees ----
+
+
+def _is_equation(node: tuple) -> bool:
+    return node[0] == "rel" and node[2] == ("=",)
+
+
+def _is_inequality(node: tuple) -> bool:
+    return node[0] == "rel" and len(node[2]) == 1 and node[2][0][0] in "<>!"
+
+
+def _is_name(node: tuple) -> bool:
+    """Something that an equation gives a value to: x, m_max, AB, f(2), N/M, |PQ|, the area."""
+    kind = node[0]
+    if kind == "mul":
+        function, *rest = node[1]
+        return all(map(_is_name, node[1])) or function[0] == "var" and len(rest) == 1
+    if kind == "fn":
+        return node[1] in ("abs", "max", "min") and all(map(_is_name, node[2]))
+    if kind == "tuple":
+        return all(map(_is_name, node[1]))
+    return kind in ("var", "text") or kind == "inv" and _is_name(node[1])
+
+
+def _assigns(node: tuple) -> bool:
+    """Does a list give values to several names: x = 1, y = 2?"""
+    if node[0] != "list" or not all(map(_is_equation, node[1])):
+        return False
+    names = {item[1][0] for item in node[1]}
+    return len(names) > 1 and all(map(_is_name, names))
+
+
+def _has_sign(node: tuple) -> bool:
+    return contains(node, {"pm", "mp"})
+
+
+def _signed(node, sign: int):
+    """The tree with every ± read as sign and every ∓ as its opposite."""
+    if not isinstance(node, tuple) or not node:
+        return node
+    if node[0] in ("pm", "mp"):
+        inner = _signed(node[1], sign)
+        return inner if (sign > 0) == (node[0] == "pm") else ("neg", inner)
+    return tuple(_signed(child, sign) for child in node)
+
+
+def _items(node: tuple) -> list[tuple]:
+    items = []
+    for item in node[1] if node[0] in ("list", "set") else [node]:
+        items += [_signed(item, 1), _signed(item, -1)] if _has_sign(item) else [item]
+    if len(items) > MAX_ITEMS:
+        raise TooHard("too many items")
+    return items
+
+
+def _rows(node: tuple) -> tuple:
+    """The rows of a matrix; a tuple is one row, and [1, 2], which reads as an interval."""
+    if node[0] == "matrix":
+        return node[1]
+    is_closed = node[0] == "interval" and node[3] and node[4]
+    return (node[1:3] if is_closed else node[1] if node[0] == "tuple" else (node,),)
+
+
+def _difference(relation: tuple) -> tuple:
+    left, right = relation[1]
+    return ("add", (left, ("neg", right)))
+
+
+def _quantity(node: tuple) -> tuple[tuple, tuple]:
+    """(value, unit)"""
+    return node[1:] if node[0] == "unit" else (node, ())
+
+
+def _percent(node: tuple) -> tuple | None:
+    return node[1] if node[0] == "pct" else None
+
+
+def _mentions(node, wanted: tuple) -> bool:
+    return node == wanted or (
+        isinstance(node, tuple) and any(_mentions(child, wanted) for child in node)
+    )
+
+
+# ---- the comparison ----
+
+
+class _Comparison:
+    """One verdict: its budget, and what compares trees that only sympy can."""
+
+    def __init__(self, symbolic: Callable[[tuple, tuple], bool] | None):
+        self.budget = Budget()
+        self.symbolic = symbolic
+
+    def value(self, node: tuple, point: dict[str, Fraction] | None = None, real_only: bool = False):
+        return Evaluation(self.budget, point or {}, real_only).value(node)
+
+    def same(self, gold: tuple, answer: tuple) -> bool:
+        self.budget.spend(1)  # nested chains of equations would take exponential time
+        if gold == answer or {gold, answer} == {_REALS, ("var", "R")}:
+            return True
+        kinds = {gold[0], answer[0]}
+        if "text" in kinds:
+            return False
+        if _is_equation(gold) and _is_equation(answer) and self.same_equation(gold, answer):
+            return True
+        if _assigns(gold) != _assigns(answer):
+            equations, values = (gold, answer) if _assigns(gold) else (answer, gold)
+            return self.same_assignment(equations[1], values)
+        named, answer_named = self.named(gold), self.named(answer)
+        if named or answer_named:
+            return self.same_named(named or (None, gold), answer_named or (None, answer))
+        if kinds & {"list", "set"} or _has_sign(gold) or _has_sign(answer):
+            return self.same_collection(gold, answer)
+        if "matrix" in kinds:
+            return self.same_matrix(gold, answer)
+        if kinds & {"interval", "union", "rel"} or _REALS in (gold, answer):
+            return self.same_region(gold, answer)
+        if kinds & {"tuple", "ratio", "minus", "mod"}:
+            return self.same_parts(gold, answer)
+        return self.same_quantity(gold, answer)
+
+    def all_same(self, gold: Sequence, answer: Sequence, same: Callable | None = None) -> bool:
+        """Item by item."""
+        return len(gold) == len(answer) and all(map(same or self.same, gold, answer))
+
+    def matches(self, gold: Sequence, answer: Sequence, same: Callable | None = None) -> bool:
+        """In any order."""
+        same, left = same or self.same, list(answer)
+        for item in gold:
+            i = next((i for i, other in enumerate(left) if same(item, other)), None)
+            if i is None:
+                return False
+            del left[i]
+        return not left
+
+    def same_matrix(self, gold: tuple, answer: tuple) -> bool:
+        """Entry by entry; a matrix of one column is also a tuple."""
+        rows, answer_rows = _rows(gold), _rows(answer)
+        if gold[0] != answer[0] and len(rows) != len(answer_rows):
+            rows, answer_rows = (
+                tuple(zip(*r, strict=True)) if len(r[0]) == 1 else r for r in (rows, answer_rows)
+            )
+        return self.all_same(rows, answer_rows, self.all_same)
+
+    def same_parts(self, gold: tuple, answer: tuple) -> bool:
+        if gold[0] == answer[0]:
+            nested = gold[0] in ("tuple", "ratio")
+            return self.all_same(*(node[1] if nested else node[1:] for node in (gold, answer)))
+        if "mod" in (gold[0], answer[0]):  # 7 (mod 11) is 7
+            gold, answer = (node[1] if node[0] == "mod" else node for node in (gold, answer))
+            return not variables(gold) and self.same(gold, answer)
+        if answer[0] != "ratio" or len(answer[1]) != 2:
+            return False
+        return self.same(gold, ("mul", (answer[1][0], ("inv", answer[1][1]))))  # 2 : 3 for 2/3
+
+    # names
+
+    def named(self, node: tuple) -> tuple[tuple, tuple | None] | None:
+        """(name, value) of x = value, x in set, x = expr = value ~ decimal, x = 1 or x = 2.
+
+        The value is None of a chain that contradicts itself (x = 41 = 42). None without a name."""
+        if node[0] == "list":
+            first, *rest = node[1]
+            if not _is_equation(first) or not _is_name(first[1][0]):
+                return None
+            if all(_is_equation(item) and item[1][0] == first[1][0] for item in rest):
+                return first[1][0], ("list", tuple(item[1][1] for item in node[1]))
+            has_values = not any(item[0] == "rel" for item in rest)  # x = 1, 2
+            return (first[1][0], ("list", (first[1][1], *rest))) if has_values else None
+        if node[0] != "rel" or not set(node[2]) <= {"=", "~", "in"}:
+            return None
+        parts, operators = list(node[1]), list(node[2])
+        if operators == ["="] and parts[1][0] == "var" and not variables(parts[0]):  # 5 = x
+            parts.reverse()
+        if "in" in operators:
+            return tuple(parts) if len(parts) == 2 and _is_name(parts[0]) else None
+        names = []
+        while len(parts) > 1 and self.is_named_by(parts[0], parts[-1]):
+            names.append(parts.pop(0))
+            del operators[0]
+        has_variables = any(map(variables, parts))
+        if has_variables and not names or len(names) > 1 and parts[-1][0] == "var":  # x = y = z
+            return None
+        name = names[0] if names else ("text", "=")
+        constants = [part for part in parts if not variables(part)]
+        near = self.near if "~" in operators else self.same
+        if not all(map(near, constants, constants[1:])):
+            return name, None
+        exact = parts[operators.index("~")] if "~" in operators else parts[-1]
+        return name, parts[-1] if exact[0] == "num" != parts[-1][0] else exact
+
+    @staticmethod
+    def is_named_by(node: tuple, value: tuple) -> bool:
+        if node[0] == "add":  # x + y = 5
+            terms = (term[1] if term[0] == "neg" else term for term in node[1])
+            is_sum = not contains(node, {"inv"}) and all(map(_is_name, terms))
+            return is_sum and not variables(value)
+        return _is_name(node) and node[1] not in variables(value)
+
+    def near(self, left: tuple, right: tuple) -> bool:
+        try:
+            a, b = (complex(self.value(node)) for node in (left, right))
+        except ArithmeticError:
+            return False
+        return abs(a - b) <= 0.01 * max(abs(a), abs(b))
+
+    def same_named(self, gold: tuple, answer: tuple) -> bool:
+        (gold_name, gold_value), (name, value) = gold, answer
+        if gold_value is None or value is None:
+            return False
+        names = (gold_name, name)
+        is_any = None in names or "text" in (gold_name[0], name[0]) or gold_name == name
+        function = ("mul", (("var", "f"), ("var", "x")))
+        return (is_any or set(names) == {("var", "y"), function}) and self.same(gold_value, value)
+
+    def same_assignment(self, equations: Sequence[tuple], values: tuple) -> bool:
+        """x = 1, y = 2 is 1, 2 in this order, and (1, 2) in the order of the names."""
+        if values[0] not in ("list", "tuple") or contains(values, {"rel"}):
+            return False
+        if values[0] == "tuple":
+            equations = sorted(equations, key=lambda equation: str(equation[1][0]))
+        return self.all_same([equation[1][1] for equation in equations], values[1])
+
+    # collections
+
+    def same_collection(self, gold: tuple, answer: tuple) -> bool:
+        """Equal as multisets (lists) or sets; a tuple is no list. Inequalities are a region."""
+        kinds = {gold[0], answer[0]}
+        is_region = "union" in kinds or any(
+            node[0] == "list" and all(map(_is_inequality, node[1])) for node in (gold, answer)
+        )
+        if is_region:
+            return self.same_region(gold, answer)
+        if kinds == {"list", "tuple"}:
+            return False
+        return self.matches(_items(gold), _items(answer))
+
+    # equations and regions
+
+    def same_equation(self, gold: tuple, answer: tuple) -> bool:
+        """Equal up to a constant factor: 2x + 4y = 6 is x + 2y - 3 = 0."""
+        sides = {"text", "list", "set", "tuple", "matrix", "interval", "union", "rel", "pm", "mp"}
+        is_plain = not contains((gold[1], answer[1]), sides)
+        if not is_plain or not variables(gold) or variables(gold) != variables(answer):
+            return self.all_same(gold[1], answer[1])
+        try:
+            return self.proportional(_difference(gold), _difference(answer))
+        except TooHard:
+            return False
+
+    def same_region(self, gold: tuple, answer: tuple) -> bool:
+        """The same pieces of the real line, or inequalities side by side."""
+        pieces, answer_pieces = self.pieces(gold), self.pieces(answer)
+        if pieces and answer_pieces:
+            return self.matches(pieces, answer_pieces, self.same_piece)
+        return (
+            gold[0] == answer[0] == "rel"
+            and gold[2] == answer[2]
+            and self.all_same(gold[1], answer[1])
+        )
+
+    def same_piece(self, gold: tuple, answer: tuple) -> bool:
+        (name, piece), (answer_name, answer_piece) = gold, answer
+        is_same_name = None in (name, answer_name) or name == answer_name
+        ends = (piece[1:3], answer_piece[1:3])
+        return is_same_name and piece[3:] == answer_piece[3:] and self.all_same(*ends)
+
+    def pieces(self, node: tuple) -> list[tuple[tuple | None, tuple]]:
+        """(variable, interval) of each piece of a region; nothing of what is none."""
+        kind = node[0]
+        if kind == "tuple" and len(node[1]) == 2:
+            node = ("interval", *node[1], False, False)
+        if node[0] == "interval":
+            return [(None, node)]
+        if kind == "set":
+            return [_point(item) for item in node[1]]
+        if kind == "rel":
+            return self.inequality(node)
+        if kind == "union":
+            return [piece for part in node[1] for piece in self.pieces(part) or [_point(part)]]
+        if kind != "list":
+            return [(None, _EVERYTHING)] if node == _REALS else []
+        parts = [self.pieces(part) for part in node[1]]
+        return [piece for part in parts for piece in part] if all(parts) else []
+
+    def inequality(self, node: tuple) -> list[tuple[tuple, tuple]]:
+        """x > 2, 2 < x <= 5, x != 3"""
+        parts, operators = node[1], node[2]
+        if operators[0][0] == ">":  # all turned to <
+            parts, operators = parts[::-1], tuple("<" + o[1:] for o in operators[::-1])
+        i = next((i for i, part in enumerate(parts) if part[0] == "var"), None)
+        if i is None:
+            return []
+        ends = list(parts[:i]) or [("neg", _INFINITY)], list(parts[i + 1 :]) or [_INFINITY]
+        if len(ends[0]) > 1 or len(ends[1]) > 1 or variables((*ends[0], *ends[1])):
+            return []
+        low, high = ends[0][0], ends[1][0]
+        if operators == ("!=",):
+            end = low if high == _INFINITY else high
+            below = ("interval", ("neg", _INFINITY), end, False, False)
+            return [(parts[i], below), (parts[i], ("interval", end, _INFINITY, False, False))]
+        if any(operator[0] != "<" for operator in operators):
+            return []
+        closed = [i > 0 and operators[i - 1] == "<=", operators[i:] == ("<=",)]
+        return [(parts[i], ("interval", low, high, *closed))]
+
+    # quantities
+
+    def same_quantity(self, gold: tuple, answer: tuple) -> bool:
+        """Values with their units: 5 cm is not 5 km; a missing unit is no difference."""
+        (gold_value, gold_unit), (value, unit) = _quantity(gold), _quantity(answer)
+        if gold_unit and unit:
+            return gold_unit == unit and self.same_value(gold_value, value)
+        if self.same_value(gold_value, value):
+            return True
+        if (("deg", 1),) in (gold_unit, unit):  # 90 degrees is pi/2
+            return contains(gold if unit else answer, {"const"}) and self.same_value(gold, answer)
+        percent = _percent(gold_value)
+        if percent is None or unit or _percent(value) is not None:
+            return False
+        return self.same_value(percent, value)
+
+    def within(self, gold: tuple, answer: tuple, tolerance: float) -> bool:
+        """Is the answer a number at most tolerance from gold, in gold's unit (4.2%: in percent)?"""
+        nodes = [(self.named(node) or (None, node))[1] for node in (gold, answer)]
+        if None in nodes:
+            return False
+        (gold_value, gold_unit), (value, unit) = map(_quantity, nodes)
+        if gold_unit and unit and gold_unit != unit:
+            return False
+        if _percent(gold_value) is not None:
+            gold_value, value = _percent(gold_value), _percent(value) or value
+        try:
+            distance = abs(complex(self.value(value)) - complex(self.value(gold_value)))
+        except (ArithmeticError, ValueError):
+            return False
+        return distance <= tolerance * (1 + 1e-9)
+
+    # numbers and functions
+
+    def same_value(self, gold: tuple, answer: tuple) -> bool:
+        """The same number, or the same function of the same variables."""
+        if gold == answer:
+            return True
+        try:
+            names = sorted(variables((gold, answer)))
+            if names:
+                return self.agree_everywhere(gold, answer, names)
+            return _same_number(gold, answer, self.value(gold), self.value(answer))
+        except Undefined:
+            return False
+        except TooHard:
+            if not contains((gold, answer), {"integral"}):
+                return False
+        if self.symbolic is None:
+            raise Undecided
+        return self.symbolic(gold, answer)
+
+    def agree_everywhere(self, gold: tuple, answer: tuple, names: list[str]) -> bool:
+        """Equal at random points; without an i, at those where all is real: |x| is not x."""
+        is_complex = _mentions((gold, answer), ("const", "i"))
+        for real_only in (False,) if is_complex else (True, False):
+            checked = 0
+            for point in _points(names, (gold, answer)):
+                try:
+                    g, a = (self.value(node, point, real_only) for node in (gold, answer))
+                except Undefined:
+                    continue
+                if not _close(g, a):
+                    return False
+                checked += 1
+            if checked >= 2:
+                return True
+        return False
+
+    def proportional(self, gold: tuple, answer: tuple) -> bool:
+        """Is gold / answer a non-zero constant?"""
+        names = sorted(variables((gold, answer)))
+        for point in _points(names, (gold, answer)):
+            try:
+                g, a = (self.value(node, point) for node in (gold, answer))
+            except Undefined:
+                continue
+            if g != 0 and a != 0:
+                scaled = ("mul", (gold, ("num", a, 0))), ("mul", (answer, ("num", g, 0)))
+                return self.agree_everywhere(*scaled, names)
+        return False
+
+
+def _point(node: tuple) -> tuple[None, tuple]:
+    return None, ("interval", node, node, True, True)
+
+
+# ---- numbers ----
+
+
+def _close(a, b) -> bool:
+    """Equal: exactly, or up to rounding."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
+    a, b = real(a), real(b)
+    return abs(a - b) <= ROUNDING * max(abs(a), abs(b))
+
+
+def _same_number(gold: tuple, answer: tuple, g, a) -> bool:
+    """Are the trees equal, whose values are g and a, or one the other's rounding?"""
+    decimals = (_decimal(gold), _decimal(answer))
+    if _close(g, a) or None not in decimals:
+        return _close(g, a)
+    return _is_rounding(decimals[0], a) or _is_rounding(decimals[1], g)
+
+
+def _decimal(node: tuple) -> tuple[Fraction, int] | None:
+    """(value, significant digits) of a number that is written as a decimal."""
+    if node[0] == "neg":
+        inner = _decimal(node[1])
+        return inner and (-inner[0], inner[1])
+    return (node[1], node[2]) if node[0] == "num" and node[2] else None
+
+
+def _is_rounding(decimal: tuple[Fraction, int] | None, value) -> bool:
+    """Is the decimal the value, rounded to its own digits or cut off behind them?
+
+    Never of a value that a decimal writes exactly. Digits beyond the 15th, where floating point
+    has got them wrong, do not count."""
+    if decimal is None or decimal[1] < ROUNDED_DIGITS or not decimal[0]:
+        return False
+    if isinstance(value, Fraction):
+        denominator = value.denominator
+        if 10 ** denominator.bit_length() % denominator == 0:  # a finite decimal
+            return False
+    elif SMALL.im(value):
+        return False
+    number, digits = decimal
+    size = abs(number)
+    unit = SMALL.mpf(10) ** (math.floor(SMALL.log10(real(size))) + 1 - min(digits, 15))
+    error = abs(SMALL.re(real(value))) - real(size)
+    is_same_sign = (SMALL.re(real(value)) > 0) == (number > 0)
+    return is_same_sign and -unit / 2 <= error < unit
+
+
+# ---- points ----
+
+_INTEGER_NAMES = set("nkmNMKjlpqrd")
+_STEPWISE = {"floor", "ceil", "factorial", "binom"}
+
+
+def _points(names: list[str], nodes: tuple[tuple, tuple]) -> Iterator[dict[str, Fraction]]:
+    """Random points of both signs and sizes, the same ones every time.
+
+    Whole numbers for n, k, ... where floors, factorials or (-1)^n occur."""
+    if len(names) > MAX_VARIABLES:
+        raise TooHard("too many variables")
+    whole = any(map(_needs_integers, nodes))
+    for trial in range(6):
+        rng = random.Random(trial)
+        point = {}
+        for name in names:
+            if whole and name in _INTEGER_NAMES:
+                point[name] = Fraction(rng.randint(2, 12) + trial)
+                continue
+            low, high = (50, 950) if trial in (2, 5) else (1000, 4000)
+            size = Fraction(rng.randint(low, high), 997)
+            point[name] = -size if trial % 2 and rng.random() < 0.6 else size
+        yield point
+
+
+def _needs_integers(node) -> bool:
+    if not isinstance(node, tuple) or not node:
+        return False
+    if node[0] == "fn" and node[1] in _STEPWISE:
+        return True
+    if node[0] == "pow" and variables(node[2]) and contains(node[1], {"neg"}):
+        return True
+    return any(map(_needs_integers, node))

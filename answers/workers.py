@@ -1,0 +1,133 @@
+"""Worker processes for what may take any time or memory: killed at a deadline, limited in memory.
+
+A process runs named functions of TASKS, one at a time; arguments and answers are JSON over pipes.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+from importlib import import_module
+from pathlib import Path
+
+MEMORY = 2 * 1024**3  # bytes of a worker's address space
+START_S = 30.0  # to start a process and import what a function needs, besides its own time
+TASKS = {  # function: its module, and a package that is imported before its time runs
+    "compare_with_sympy": ("answers.symbolic", "sympy"),
+    "entries": ("data.gym", "reasoning_gym"),
+    "score": ("data.gym", "reasoning_gym"),
+}
+_ROOT = Path(__file__).parents[1]
+_PYTHONPATH = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+class _Worker:
+    """A child process, and the pipes to it."""
+
+    def __init__(self):
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(_ROOT), *_PYTHONPATH]),
+            "PYTHONHASHSEED": "0",  # some tasks of reasoning-gym depend on the order of sets
+        }
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "answers.workers"],
+            stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0, env=environment,
+        )  # fmt: skip
+        self.owner = os.getpid()
+
+    def ask(self, function: str, arguments: list, timeout_s: float) -> str | None:
+        """The answer, or None at the deadline."""
+        request = json.dumps([function, arguments, timeout_s])
+        self.process.stdin.write(request.encode() + b"\n")
+        self.process.stdin.flush()
+        return self._line(START_S) and self._line(timeout_s)
+
+    def _line(self, timeout_s: float) -> str | None:
+        poll = select.poll()
+        poll.register(self.process.stdout, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
+            return None
+        line = self.process.stdout.readline()  # the child writes whole lines
+        if not line:
+            raise EOFError
+        return line.decode()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+_idle: list[_Worker] = []
+_lock = threading.Lock()
+
+
+def ask_worker(function: str, arguments: list, timeout_s: float):
+    """What a function of TASKS answers; None when it does not answer in timeout_s, or dies.
+
+    Safe to call from threads. Raises ValueError that the function raised.
+    """
+    with _lock:
+        while _idle and _idle[-1].owner != os.getpid():  # inherited through a fork: the parent's
+            _idle.pop()
+        worker = _idle.pop() if _idle else _Worker()
+    try:
+        line = worker.ask(function, arguments, timeout_s)
+    except (EOFError, BrokenPipeError):  # out of memory, or killed from outside
+        line = None
+    if line is None:
+        worker.kill()
+        worker = _Worker()  # starts while the caller goes on
+    with _lock:
+        _idle.append(worker)
+    if line is None:
+        return None
+    answer, error = json.loads(line)
+    if error is not None:
+        raise ValueError(error)
+    return answer
+
+
+@atexit.register
+def _stop_workers() -> None:
+    with _lock:
+        while _idle:
+            worker = _idle.pop()
+            if worker.owner == os.getpid():
+                worker.kill()
+
+
+def _serve() -> None:
+    """The worker process: [function, arguments, timeout_s] in, "started" and [answer, error] out.
+
+    Dies at the deadline even when nobody is left to kill it."""
+    import resource
+    import signal
+
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a scorer prints is no answer
+    for line in sys.stdin:
+        function, arguments, timeout_s = json.loads(line)
+        module, package = TASKS[function]
+        signal.setitimer(signal.ITIMER_REAL, START_S + timeout_s + 1)
+        with contextlib.suppress(ImportError):  # the function names what is missing
+            import_module(package)
+        run = getattr(import_module(module), function)
+        print("started", file=answers, flush=True)
+        try:
+            reply = [run(*arguments), None]
+        except ValueError as error:
+            reply = [None, str(error)]
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(reply), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -805,8 +805,9 @@ def test_equal_problems_stay_separate_groups(small_run):
     problems = load_problems("countdown:train", size=1) * 4
     cfg = small_run("a").cfg
     policy, tokenizer = rloop.load_policy(cfg), Tokenizer(cfg.model.path)
+    place = {"iteration": 0, "step": 1}
     groups, _ = rloop.respond(
-        policy, tokenizer, problems, cfg, 0, (0, 1), num_samples=8, temperature=1.0
+        policy, tokenizer, problems, cfg, 0, place, num_samples=8, temperature=1.0
     )
     assert [len(g) for g in groups] == [8] * 4
     assert len({tuple(tuple(t.ids) for t in g) for g in groups}) == 4

@@ -302,7 +302,9 @@ class Run:
                 continue
             for broken, problem in problems.items():
                 print(f"{broken} is damaged ({problem}); set aside, continuing from {checkpoint}")
-                os.replace(broken, broken.with_name(broken.name + ".damaged"))
+                aside = broken.with_name(broken.name + ".damaged")
+                shutil.rmtree(aside, ignore_errors=True)  # this number may be damaged again
+                os.replace(broken, aside)
             return checkpoint, state
         listed = "; ".join(f"{broken}: {problem}" for broken, problem in problems.items())
         raise UserError(

@@ -310,10 +310,12 @@ def interrupted_run(cfg, monkeypatch) -> Run:
 def test_damaged_checkpoint_is_set_aside_and_the_older_one_taken(
     config, whole, monkeypatch, capsys, file, said, how
 ):
-    """Fault: a run continues from half a checkpoint, dies of it with a traceback, or deletes the
-    good one after the next save."""
+    """Fault: a run continues from half a checkpoint, dies of it with a traceback (also the second
+    time that one of this number is damaged), or deletes the good one after the next save."""
     cfg = config()
     run = interrupted_run(cfg, monkeypatch)
+    earlier = run.checkpoint.with_name(f"{run.checkpoint.name}.damaged") / "earlier"
+    earlier.mkdir(parents=True)  # a checkpoint of the same number was damaged before
     target = run.checkpoint / file
     if how == "gone":
         target.unlink()
@@ -325,7 +327,7 @@ def test_damaged_checkpoint_is_set_aside_and_the_older_one_taken(
     line = next(line for line in lines if line.startswith(f"{run.checkpoint} is damaged ("))
     assert said in line
     assert outcome(cfg) == whole
-    assert (run.path / "checkpoints" / f"{run.checkpoint.name}.damaged").is_dir()
+    assert earlier.parent.is_dir() and not earlier.exists()
 
 
 def test_all_checkpoints_damaged_changes_nothing(config, monkeypatch):

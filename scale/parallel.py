@@ -114,6 +114,7 @@ def gather(function: Callable[[], object]) -> list:
         outcome = error
     outcomes = [None] * num_ranks()
     dist.all_gather_object(outcomes, outcome)
+    outcomes[rank()] = outcome  # not its copy: an exception keeps its traceback
     for each in outcomes:
         if isinstance(each, BaseException):
             raise each

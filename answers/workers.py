@@ -110,6 +110,8 @@ def _serve() -> None:
     import resource
     import signal
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal's Ctrl-C reaches the children, too
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     answers, sys.stdout = sys.stdout, sys.stderr  # what a scorer prints is no answer

@@ -393,6 +393,15 @@ def test_worker_death_is_no_reward():
     assert answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_worker_outlives_the_signals_that_stop_a_run(number):
+    """Fault: Ctrl-C reaches the workers too, and verdicts of the run's last step read "timeout"."""
+    assert answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
+    os.kill(workers._idle[-1].process.pid, number)
+    time.sleep(0.5)
+    assert answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
+
+
 def test_worker_memory_bounded():
     """Would let one answer take all memory of the machine."""
     answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0)

@@ -78,9 +78,9 @@ def rotate(x_HE: Tensor, cos_1E: Tensor, sin_1E: Tensor) -> Tensor:
     return x_HE * cos_1E + torch.cat((-imaginary, real), dim=-1) * sin_1E
 
 
-# Attention is a function that the caller gives: it alone knows which tokens see which. Every layer
-# calls it with its number, rotated q [..., T, H, E] and k [..., T, K, E], and v [..., T, K, E];
-# it returns [..., T, H, E].
+# Attention is a function that the caller passes in: only the caller knows which tokens see which.
+# Each layer calls it with the layer's number, rotated q [..., T, H, E] and k [..., T, K, E], and
+# v [..., T, K, E]; it returns [..., T, H, E].
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -96,9 +96,9 @@ def round_up(num_slots: int) -> int:
 
 
 class KVCache:
-    """Keys and values of rows. A token's slot is its position, so rows may have any length.
+    """Keys and values of rows. A token's slot is its position, so rows may differ in length.
 
-    k[layer], v[layer]: [B, K, S, E]. Slots behind a row's position hold finite leftovers, which
+    k[layer], v[layer]: [B, K, S, E]. Slots after a row's position hold finite leftovers, which
     the mask hides. The cache grows on demand.
     """
 
@@ -137,9 +137,9 @@ class KVCache:
                 q = q_BTHE.transpose(1, 2)
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TS, enable_gqa=True)
                 return y.transpose(1, 2)
-            # one token: the query heads of a kv head are the rows of one matrix product
-            q_BKHE = q_BTHE.reshape(B, k.shape[1], -1, q_BTHE.shape[-1]) * q_BTHE.shape[-1] ** -0.5
-            weight = (q_BKHE @ k.transpose(-1, -2)).add_(bias_B1TS).softmax(dim=-1)
+            # one token: the H/K query heads of a kv head are the rows of one matrix product
+            q = q_BTHE.reshape(B, k.shape[1], -1, q_BTHE.shape[-1]) * q_BTHE.shape[-1] ** -0.5
+            weight = (q @ k.transpose(-1, -2)).add_(bias_B1TS).softmax(dim=-1)
             return (weight @ v).view(q_BTHE.shape)
 
         return attend

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import Transformer
 
-LOGITS_AT_ONCE = 2**25  # numbers of a chunk of logits [Q, V]; bounds the memory, not the result
+LOGITS_AT_ONCE = 2**25  # elements of a chunk of logits [Q, V]; bounds memory, not the result
 
 
 @dataclass
@@ -125,8 +125,8 @@ def micro_batches(
     """This rank's share of the groups, in micro-batches of at most max_tokens tokens (or one row).
 
     A group that is too large is cut, its prompt repeated. The largest parts come first, so that
-    memory runs out in the first step or never. Every micro-batch is a collective operation, so all
-    ranks get equally many: a rank with fewer also runs dummies, whose row has weight 0.
+    memory runs out in the first step or never. Every micro-batch is a collective, so all ranks get
+    equally many: a rank with fewer also gets dummies of one row, whose weight is 0.
     """
     num_tokens = sum(_num_tokens(group) for group in groups)
     limit = min(max_tokens, math.ceil(num_tokens / num_ranks))
@@ -180,8 +180,8 @@ def token_logprobs(
     """Log-probs [Q] of the response tokens, and the entropies [Q] (no gradient) of the
     distributions that they were drawn from: softmax of logits / temperature. nat, float32.
 
-    The logits are made in chunks of at most LOGITS_AT_ONCE numbers. With more than one chunk they
-    are made again in the backward pass, so that they never lie in memory all at once.
+    The logits are computed in chunks of at most LOGITS_AT_ONCE elements. If there are several, the
+    backward pass recomputes them, so that all logits are never in memory at once.
 
     Example: the batch of pack's example gives log p(1 | 7 8), log p(2 | 7 8 1), log p(3 | 7 8),
     log p(4 | 9), log p(5 | 9 4).

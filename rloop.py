@@ -70,7 +70,7 @@ class Trajectory:
 
 def run_rloop(run, policy, tokenizer, problems, heldout) -> None:
     """theta_{i+1} = fine-tune theta_i on the successes of an RL phase that starts from theta_i. A
-    stopped run enters here again: the called functions skip what is done already."""
+    resumed run starts here, too: each function skips what is already done."""
     for _ in range(run.progress.iteration, run.cfg.iterations):
         theta_i = run.phase_start(policy)
         explore(run, policy, tokenizer, problems, heldout, run.cfg.rl.steps, theta_i)
@@ -92,8 +92,8 @@ def run_rl(run, policy, tokenizer, problems, heldout) -> None:
 
 
 def explore(run, policy, tokenizer, problems, heldout, num_steps, theta_i) -> None:
-    """One RL phase of num_steps steps: moves the policy from theta_i to phi. D, EVERY trajectory
-    that it sampled, right or wrong, goes to RUN/trajectories."""
+    """One RL phase of num_steps steps: moves the policy from theta_i to phi. D is EVERY trajectory
+    it samples, right or wrong; they are written to RUN/trajectories."""
     if run.progress.rft_step > 0:
         return  # the run was stopped in RFT: this phase is over
     cfg = run.cfg
@@ -102,12 +102,12 @@ def explore(run, policy, tokenizer, problems, heldout, num_steps, theta_i) -> No
     if cfg.rl.kl_coef > 0:
         reference = load_policy(cfg)
         reference.load_state_dict(theta_i)
-    if run.evaluation_pending(num_steps):  # the run was stopped before it
+    if run.evaluation_pending(num_steps):  # the run was stopped before this evaluation
         evaluate(run, policy, tokenizer, heldout, "rl")
     for step in range(run.progress.step + 1, num_steps + 1):
         usable, sampled, drawn, seconds = sample_groups(run, policy, tokenizer, problems, step)
         if seconds["time/rollout_s"] > LONG_STEP_S:
-            run.checkpoint_if(False, policy, optimizer, theta_i)  # if asked to stop: without it
+            run.checkpoint_if(False, policy, optimizer, theta_i)  # a stop drops this step
         lr = cfg.rl.lr * min(1.0, step / (cfg.rl.warmup_steps + 1))
         metrics = update(run, policy, optimizer, usable, reference, lr) | seconds
         record = {"phase": "rl", "step": step} | sampling_metrics(sampled) | metrics
@@ -267,7 +267,7 @@ def set_logprobs(rows_NG: list[list[Row]], name: str, model, cfg) -> None:
             (number.get(id(row)), x.tolist()) for row, x in zip(batch.rows, parts, strict=True)
         ]
     for b, logps in [pair for part in parallel.gather(lambda: mine) for pair in part]:
-        if b is not None:  # no dummy of micro_batches
+        if b is not None:  # None: a dummy of micro_batches
             setattr(rows[b], name, logps)
 
 
@@ -307,7 +307,7 @@ def accumulate_gradient(policy, rows_NG: list[list[Row]], cfg: Config) -> dict[s
 
 
 def new_optimizer(run, policy, resume: bool) -> torch.optim.AdamW:
-    """A phase's optimizer: fresh, or as it was where the phase was stopped."""
+    """A phase's AdamW: fresh, or with its state from the checkpoint."""
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=run.cfg.optimizer.weight_decay)
     if resume:
         run.load_optimizer(optimizer)
@@ -316,7 +316,7 @@ def new_optimizer(run, policy, resume: bool) -> torch.optim.AdamW:
 
 def finish_step(run, policy, optimizer, loss: float, rows_NG: list[list[Row]]) -> float:
     """Clip the gradient, apply it, and return its norm. Raises FloatingPointError for a loss or
-    gradient that is not finite: the weights are untouched then, and the rows are saved."""
+    gradient that is not finite; the weights are then unchanged, and the rows are saved."""
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), run.cfg.optimizer.grad_clip)
     grad_norm = float(parallel.whole_tensor(norm))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):

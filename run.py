@@ -375,10 +375,9 @@ def truncation_warning(truncated_share: float) -> str:
 
 def filter_line(r: dict, iteration: int) -> str:
     line = f"filter {iteration + 1}: {r['filter/num_correct']} correct of "
-    line += (
-        f"{r['filter/num_trajectories']} trajectories, {r['filter/num_solved_problems']} problems"
-    )
-    line += f" solved; {r['filter/num_experts']} experts on {r['filter/num_hard_problems']} hard"
+    line += f"{r['filter/num_trajectories']} trajectories, "
+    line += f"{r['filter/num_solved_problems']} problems solved; "
+    line += f"{r['filter/num_experts']} experts on {r['filter/num_hard_problems']} hard problems"
     if r["filter/num_experts"] == 0:
         line += f"\nno hard problem was solved: no RFT, theta_{iteration + 1} = theta_{iteration}"
     return line

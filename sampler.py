@@ -56,10 +56,10 @@ def draw(logp_RV: Tensor, uniform_R: Tensor) -> Tensor:
     cdf_RV = logp_RV.exp().cumsum(dim=-1)
     total_R1 = cdf_RV[:, -1:]
     point_R1 = uniform_R[:, None].to(cdf_RV) * total_R1
-    # rounding must not carry the point to the end: no token lies there
+    # rounding must not move the point to the total: no token lies there
     point_R1 = torch.minimum(point_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))
     id_R = torch.searchsorted(cdf_RV, point_R1, right=True)[:, 0]
-    return id_R.clamp(max=logp_RV.shape[-1] - 1)  # of a row of NaN, which sample refuses
+    return id_R.clamp(max=logp_RV.shape[-1] - 1)  # a row of NaN: sample raises
 
 
 @dataclass(slots=True)
@@ -102,11 +102,11 @@ def sample(
     _check(model, prompts, num_samples, max_new_tokens, temperature, top_p, top_k, max_rows)
     device = model.model.embed_tokens.weight.device
     results = [[Completion() for _ in range(num_samples)] for _ in prompts]
-    num_units = math.ceil(num_samples / max_rows)  # a prompt's samples are admitted together
+    num_parts = math.ceil(num_samples / max_rows)  # of a prompt's samples, admitted together
     waiting = deque(
         (p, samples)
         for p in range(len(prompts))
-        for samples in np.array_split(np.arange(num_samples), num_units)
+        for samples in np.array_split(np.arange(num_samples), num_parts)
     )
     # a GPU's allocator is slow at growing tensors: there the longest row's slots are taken at once
     longest = max(map(len, prompts), default=0) + max_new_tokens
@@ -218,10 +218,10 @@ def _check(model, prompts, num_samples, max_new_tokens, temperature, top_p, top_
 
 @torch.no_grad()
 def sampling_copy(policy: Transformer, dtype: str, compiled: bool = False) -> Transformer:
-    """An unsharded copy of the current weights in dtype ("float32" or "bfloat16"); the policy
-    itself where that is what it is. Of sharded weights every process gathers a copy of its own,
-    tensor by tensor. compiled: compile its blocks."""
-    state, dtype = policy.state_dict(), getattr(torch, dtype)  # FSDP puts its shards in place
+    """An unsharded copy of the current weights in dtype ("float32" or "bfloat16"), or the policy
+    itself if it is unsharded and has that dtype. Every process gathers its own copy of sharded
+    weights, tensor by tensor. compiled: compile the copy's blocks."""
+    state, dtype = policy.state_dict(), getattr(torch, dtype)  # FSDP: gathered weights are dropped
     if policy.head_weight.dtype == dtype and not isinstance(policy.head_weight, DTensor):
         return policy
     with torch.device("meta"):
@@ -234,4 +234,4 @@ def sampling_copy(policy: Transformer, dtype: str, compiled: bool = False) -> Tr
 
 
 def swap_layers(copy: Transformer) -> None:
-    """Nothing here; scale/speed.py puts a function in this place that swaps in faster layers."""
+    """Does nothing; scale/speed.py replaces it by a function that swaps in faster layers."""

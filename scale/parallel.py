@@ -162,8 +162,7 @@ def prepare(model: Transformer, cfg: ComputeConfig) -> Transformer:
     if not dist.is_initialized():
         return model.to(device(), torch.float32)
     if num_ranks() % replicas:
-        count = num_ranks()
-        raise UserError(f"compute.replicas = {replicas}: must divide the {count} processes")
+        raise UserError(f"compute.replicas = {replicas}: must divide the {num_ranks()} processes")
     shape, names = (num_ranks(),), ("shard",)
     if replicas > 1:
         shape, names = (replicas, num_ranks() // replicas), ("replicate", "shard")

@@ -1,9 +1,9 @@
-"""Faster parts, swapped in from outside by one call of swap_in. Without that call the program runs
-all the same, more slowly, with results that are equal up to rounding.
+"""Faster parts, swapped in from outside by one call of swap_in. Without that call the program is
+slower, and its results are equal up to rounding.
 
 All of it is for CPUs: a setting of the C library's allocator; weights of a sampling copy in the
 order that oneDNN's products need; training attention that computes a prompt once for its group.
-The operators of PyTorch used for the second are not public: requirements.txt pins its version.
+oneDNN's operators are not public in PyTorch: requirements.txt pins its version.
 
 Shapes: as in rloop.py; U tokens of the longest prompt, W of the longest response.
 """
@@ -21,7 +21,7 @@ import packing
 import sampler
 from model import Linear, Transformer
 
-PACKED_FROM = 2**16  # numbers of a weight; with fewer the call costs more than the order saves
+PACKED_FROM = 2**16  # elements of a weight; with fewer, packing costs more than it saves
 LONG = 1024  # response tokens from which on weights [N, K, G, H/K, W, U + W] take too much memory
 
 
@@ -61,7 +61,7 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-# torch.compile takes oneDNN's operator with constant weights only, but any weights of one of ours
+# torch.compile accepts oneDNN's operator with constant weights only; ours, with any weights
 if not hasattr(torch.ops.rloop, "packed_linear"):  # this file may be imported under two names
     torch.library.define(
         "rloop::packed_linear", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor"

@@ -9,10 +9,10 @@ RUN/policies/NAME/         Hugging Face directories: rl_1, theta_1, rl_2, theta_
 RUN/checkpoints/NUMBER/    the last two states to continue from
 RUN/lock                   held by the process that runs here
 
-A step counts once a checkpoint follows it: what is in the files behind the last checkpoint is cut
-off when the run continues, and done again. Every method that writes or reads is a collective
-(scale/parallel.py): the first process handles the files, except the tensors of a checkpoint, of
-which each process writes its own shards.
+A step counts once a checkpoint follows it: when a run continues, lines written after its last
+checkpoint are cut off, and those steps are run again. Every method that writes or reads is a
+collective (scale/parallel.py): the first process handles the files, but each process writes its own
+shards of a checkpoint's tensors.
 """
 
 import contextlib
@@ -50,8 +50,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the run stands; only Run replaces it. Everything random follows from it and
-    from the seed."""
+    """Where the run stands; only Run replaces it. With the seed it decides all random draws."""
 
     iteration: int = 0  # finished iterations
     step: int = 0  # finished RL steps of the current iteration
@@ -176,7 +175,7 @@ class Run:
         self.save(policy)
 
     def evaluation_pending(self, num_steps: int) -> bool:
-        """Whether the last RL step, of num_steps in this phase, still lacks its evaluation."""
+        """Whether an evaluation is due after the last RL step (of num_steps) and not yet done."""
         now = self.progress
         if now.step == 0 or (now.step % self.cfg.eval.every and now.step < num_steps):
             return False
@@ -192,8 +191,7 @@ class Run:
         optimizer: torch.optim.Optimizer,
         theta_i: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write a checkpoint where one is due, or when the run is asked to stop; then stop it.
-        Raises Stopped."""
+        """Write a checkpoint if one is due or a stop is requested. Raises Stopped for a stop."""
         stop = parallel.stop_requested()
         if due or stop:
             self.save(policy, optimizer, theta_i)
@@ -247,13 +245,13 @@ class Run:
         self.checkpoint = target
 
     def load_policy(self, policy: nn.Module) -> None:
-        """Fill the policy, sharded as it may be, with the last checkpoint's weights."""
+        """Fill the policy, sharded or not, with the last checkpoint's weights."""
         state = policy.state_dict()
         self._load("policy", state)
         policy.load_state_dict(state)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Continue the optimizer of the phase that was stopped."""
+        """Fill the optimizer with the state in the last checkpoint."""
         parameters, state = optimizer.param_groups[0]["params"], {}
         for name in self._stored("optimizer"):
             index, key = name.split(".")
@@ -269,7 +267,8 @@ class Run:
 
     def phase_start(self, policy: nn.Module) -> dict[str, Tensor]:
         """theta_i, the weights that the iteration starts from: the policy's, or the checkpoint's
-        where the run was stopped in the iteration's RL phase."""
+        if the run was stopped in the RL phase. If it was stopped in RFT: the half-tuned policy's,
+        from which RFT continues."""
         state = {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}
         if self.progress.step > 0 and self.progress.rft_step == 0:
             self._load("theta_i", state)
@@ -319,14 +318,14 @@ class Run:
         return sorted(file for pattern in LINE_FILES for file in self.path.glob(pattern))
 
     def _cut_lines(self, sizes: dict[str, int]) -> None:
-        """Cut off what was written after the checkpoint."""
+        """Truncate the line files to their sizes at the checkpoint."""
         for file in self._line_files():
             os.truncate(file, sizes.get(str(file.relative_to(self.path)), 0))
 
 
 @contextlib.contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """A full or read-only disk is the user's to mend."""
+    """Raise UserError for a full or read-only disk."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors hides the first in the second

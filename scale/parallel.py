@@ -1,8 +1,8 @@
 """Many processes as one: sharded weights (FSDP2), shared work, one stop flag.
 
 `torchrun --nproc-per-node 8 rloop.py --config X` starts the processes. A run of one process takes
-the same path, with nothing to exchange. Processes exchange at few places, and every one of these
-is a collective: all processes call it, in the same order.
+the same path, with nothing to exchange. Processes exchange data only in these collectives, which
+all processes must call, in the same order.
 
     gather           results of work that each does alone; an exception in one is raised in all
     on_main          what only the first one does (files)
@@ -104,8 +104,8 @@ def share(count: int) -> slice:
 
 
 def gather(function: Callable[[], object]) -> list:
-    """function() of every process, in the order of ranks. It must not exchange anything itself.
-    What it raises in one process is raised in all."""
+    """Results of function() in every process, in the order of ranks. function must not contain a
+    collective. An exception in one process is raised in all."""
     if not dist.is_initialized():
         return [function()]
     try:
@@ -122,7 +122,7 @@ def gather(function: Callable[[], object]) -> list:
 
 
 def on_main(function: Callable[[], object]):
-    """function() of the first process, in all; what it raises is raised in all."""
+    """The result of function() in the first process, or its exception, in all processes."""
     return gather(lambda: function() if rank() == 0 else None)[0]
 
 
@@ -174,7 +174,7 @@ def prepare(model: Transformer, cfg: ComputeConfig) -> Transformer:
         fully_shard(module.float(), mesh=mesh, mp_policy=precision)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-    # FSDP gathers the root's weights for this method and keeps them: logits may follow it
+    # FSDP gathers the root's weights (the head's, too) for hidden and keeps them for logits
     register_fsdp_forward_method(model, "hidden")
     return model
 
@@ -185,7 +185,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """The whole weights on the CPU of the first process; the others get none, but call it, too."""
+    """The whole weights, on the CPU of the first process; {} in the others (a collective)."""
     state = {}
     for name, tensor in model.state_dict().items():
         whole = whole_tensor(tensor.detach())

@@ -105,6 +105,7 @@ def explore(run, policy, tokenizer, problems, heldout, num_steps, theta_i) -> No
     if run.evaluation_pending(num_steps):  # the run was stopped before this evaluation
         evaluate(run, policy, tokenizer, heldout, "rl")
     for step in range(run.progress.step + 1, num_steps + 1):
+        run.checkpoint_if(False, policy, optimizer, theta_i)  # a stop during the evaluation
         usable, sampled, drawn, seconds = sample_groups(run, policy, tokenizer, problems, step)
         if seconds["time/rollout_s"] > LONG_STEP_S:
             run.checkpoint_if(False, policy, optimizer, theta_i)  # a stop drops this step
@@ -263,9 +264,8 @@ def set_logprobs(rows_NG: list[list[Row]], name: str, model, cfg) -> None:
     for batch in training_batches(rows_NG, cfg):
         logp_Q, _ = token_logprobs(model, batch, cfg.sampling.temperature)
         parts = logp_Q.split([len(row.ids) for row in batch.rows])
-        mine += [
-            (number.get(id(row)), x.tolist()) for row, x in zip(batch.rows, parts, strict=True)
-        ]
+        pairs = zip(batch.rows, parts, strict=True)
+        mine += [(number.get(id(row)), part.tolist()) for row, part in pairs]
     for b, logps in [pair for part in parallel.gather(lambda: mine) for pair in part]:
         if b is not None:  # None: a dummy of micro_batches
             setattr(rows[b], name, logps)

@@ -180,11 +180,19 @@ def run_until_stopped(cfg) -> None:
 )
 def test_stopped_run_does_nothing_twice(config, whole, monkeypatch, name, call):
     """Fault: a run that is asked to stop in an evaluation, an RL step or RFT loses or repeats what
-    it did since its last checkpoint (hours, with a large model), or does not stop."""
-    done = call_on(monkeypatch, name, call, request_stop)
+    it did since its last checkpoint (hours, with a large model), does not stop, or first samples
+    for one more RL step."""
+
+    def stop():
+        request_stop()
+        asked.append(len(done))
+
+    asked: list[int] = []
+    done = call_on(monkeypatch, name, call, stop)
     cfg = config("run", "--save_every", "100")
     run_until_stopped(cfg)
     at_stop = len(done)
+    assert "sample_groups" not in done[asked[0] :]
     rloop.run_method(cfg)
     assert at_stop < len(done) == len([r for r in whole[0] if r["phase"] != "filter"])
     assert outcome(cfg) == whole

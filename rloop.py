@@ -350,10 +350,9 @@ def token_weights(lengths_B: list[int], aggregation: str, max_new_tokens: int) -
     """Weight [B] in the loss of each token of a response, from the lengths of ALL responses of the
     optimizer step: the gradient does not depend on how it is cut into micro-batches.
 
-    Over all tokens of the step the weights sum to 1.
     "token": 1 / number of tokens (DAPO, arXiv 2503.14476, eq. 8). "sequence": mean over a response,
-    then over responses (GRPO). "constant": 1 / (B * max_new_tokens) (Dr.GRPO); these sum to less
-    than 1 where responses are shorter.
+    then over responses (GRPO). "constant": 1 / (B * max_new_tokens) (Dr.GRPO). Over all tokens of
+    the step the weights sum to 1; those of "constant" to less, unless all responses are that long.
     """
     B = len(lengths_B)
     if aggregation == "token":

@@ -125,9 +125,9 @@ class KVCache:
         num_slots = round_up(num_slots)
         self.grow(num_slots)
         rows_B1 = torch.arange(B, device=pos_BT.device)[:, None]
-        mask_B1TS = torch.arange(num_slots, device=pos_BT.device) <= pos_BT[:, None, :, None]
-        bias_B1TS = torch.zeros(mask_B1TS.shape, dtype=self.v[0].dtype, device=pos_BT.device)
-        bias_B1TS.masked_fill_(~mask_B1TS, -torch.inf)
+        hidden_B1TS = torch.arange(num_slots, device=pos_BT.device) > pos_BT[:, None, :, None]
+        bias_B1TS = torch.zeros(hidden_B1TS.shape, dtype=self.v[0].dtype, device=pos_BT.device)
+        bias_B1TS.masked_fill_(hidden_B1TS, -torch.inf)
 
         def attend(layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
             self.k[layer][rows_B1, :, pos_BT] = k_BTKE
@@ -135,7 +135,7 @@ class KVCache:
             k, v = self.k[layer][:B, :, :num_slots], self.v[layer][:B, :, :num_slots]
             if T > 1:
                 q = q_BTHE.transpose(1, 2)
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TS, enable_gqa=True)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1TS, enable_gqa=True)
                 return y.transpose(1, 2)
             # one token: the H/K query heads of a kv head are the rows of one matrix product
             q = q_BTHE.reshape(B, k.shape[1], -1, q_BTHE.shape[-1]) * q_BTHE.shape[-1] ** -0.5

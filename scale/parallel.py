@@ -1,8 +1,8 @@
 """Many processes as one: sharded weights (FSDP2), shared work, one stop flag.
 
 `torchrun --nproc-per-node 8 rloop.py --config X` starts the processes. A run of one process takes
-the same path, with nothing to exchange. Processes exchange data only in these collectives, which
-all processes must call, in the same order.
+the same path, with nothing to exchange. Processes exchange data in few places, each a collective:
+all processes must call it, in the same order.
 
     gather           results of work that each does alone; an exception in one is raised in all
     on_main          what only the first one does (files)

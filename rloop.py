@@ -446,7 +446,7 @@ def select_experts(
             correct.append(trajectory)
     experts = []
     for problem, correct in correct_of.items():
-        if not correct or len(correct) > max_success_rate * num_attempts[problem]:
+        if not correct or len(correct) / num_attempts[problem] > max_success_rate:
             continue
         unique: dict[tuple[int, ...], Trajectory] = {}
         for trajectory in correct:

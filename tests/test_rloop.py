@@ -464,6 +464,14 @@ def test_select_experts_keeps_the_first_of_equal_responses_in_their_order():
     assert [(t.ids, t.step) for t in got] == [([7, 0], 1), ([5, 0], 2), ([6, 0], 4)]
 
 
+@pytest.mark.parametrize(("correct", "kept"), [(63, 63), (64, 0)])
+def test_select_experts_threshold_is_inclusive(correct, kept):
+    """Fault: a problem at the threshold is dropped by rounding (0.7 * 90 is below 63)."""
+    phase = [trajectory("p", ids=[n], reward=float(n < correct)) for n in range(90)]
+    experts = select_experts(phase, max_success_rate=0.7, max_per_problem=100)
+    assert len(experts) == kept
+
+
 def test_select_experts_docstring_example():
     """Fault: the example in the docstring is not what the function does."""
     text = "(p, 0, 7) (p, 0, 8) (p, 1, 9) (q, 1, 5) (p, 1, 9) (p, 0, 8) (p, 1, 6) (p, 0, 4)"

@@ -153,7 +153,7 @@ def is_flat(group: list[Trajectory]) -> bool:
 
 
 def seed_of(*path: int) -> int:
-    """A seed for one place of the run, such as (seed, iteration, step, round)."""
+    """A seed for (seed, iteration, step, round). Always four: numpy pads shorter paths with 0."""
     return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0])
 
 
@@ -553,7 +553,8 @@ def evaluate(run, policy, tokenizer, heldout, name: str) -> dict:
     """
     cfg, now, num_samples = run.cfg, run.progress, run.cfg.eval.num_samples
     model = sampling_copy(policy, cfg.compute.dtype, cfg.compute.compile)
-    seed, place = seed_of(cfg.seed, 1 << 32), {"iteration": now.iteration, "step": now.step}
+    place = {"iteration": now.iteration, "step": now.step}
+    seed = seed_of(cfg.seed, 0, 0, 0)  # RL steps count from 1, so no step has this seed
     options = {key: value for key, value in vars(cfg.eval).items() if key != "every"}
     groups, _ = respond(model, tokenizer, heldout, cfg, seed, place, **options)
     counts = {p.id: sum(t.reward == 1 for t in g) for p, g in zip(heldout, groups, strict=True)}

@@ -849,6 +849,22 @@ def test_bootstrap_interval_covers_the_mean():
     assert high == pytest.approx(values.mean() + half, abs=0.004)
 
 
+def test_evaluations_share_no_random_numbers_with_training(small_run, monkeypatch):
+    """Fault: an evaluation draws from the random streams of an RL step (numpy pads a short seed
+    sequence with zeros), or from others than the evaluation before it."""
+    seeds, real = {"training": [], "evaluation": []}, rloop.respond
+
+    def spy(model, tokenizer, problems, cfg, seed, place, **options):
+        seeds["evaluation" if "top_p" in options else "training"].append(seed)
+        return real(model, tokenizer, problems, cfg, seed, place, **options)
+
+    monkeypatch.setattr(rloop, "respond", spy)
+    rloop.run_method(small_run("a").cfg)
+    assert len(set(seeds["training"])) == len(seeds["training"]) == 6
+    assert len(set(seeds["evaluation"])) == 1 < len(seeds["evaluation"])
+    assert not set(seeds["evaluation"]) & set(seeds["training"])
+
+
 def evaluate(run, policy, heldout, correct, monkeypatch, name="rl"):
     """The record of an evaluation with these numbers of correct responses."""
     fake = solved(heldout, correct)

@@ -89,7 +89,10 @@ class Run:
                 f"{self.path}: another process runs in this directory. Choose another --run_dir"
             ) from None
         config_file, checkpoints = self.path / "config.json", self._checkpoints()
-        stored = json.loads(config_file.read_text("utf-8")) if config_file.exists() else {}
+        try:
+            stored = json.loads(config_file.read_text("utf-8")) if config_file.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{config_file}: not valid JSON: {error}") from None
         if "run_dir" not in stored and (stored or self._line_files()):
             raise UserError(f"{self.path} holds files of no run. Choose another --run_dir")
         keys = differing_keys(stored, config_dict(self.cfg))

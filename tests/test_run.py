@@ -428,3 +428,14 @@ def test_run_directory_that_cannot_be_made(tmp_path, capsys, parent):
     target = str(tmp_path / parent / "run")
     assert rloop.main(["--config", str(TOML), *FEW, "--run_dir", target]) == 1
     assert parent in capsys.readouterr().err
+
+
+def test_config_json_that_is_no_json_is_an_error_of_the_user(config):
+    """Fault: a half-edited config.json ends in a traceback, or the run starts over it."""
+    cfg = config("run")
+    path = Path(cfg.run_dir)
+    path.mkdir(parents=True)
+    (path / "config.json").write_text('{"run_dir": ')
+    with pytest.raises(UserError, match="config.json: not valid JSON"):
+        Run(cfg)
+    assert (path / "config.json").read_text() == '{"run_dir": '

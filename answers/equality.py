@@ -153,6 +153,8 @@ def _is_words(text: str) -> bool:
 
 # ---- trees ----
 
+_FUNCTION_NAMES = {*"fghFGHPEVTpqSaNy", "\\phi", "\\psi", "\\sigma", "\\tau"}
+
 
 def _is_equation(node: tuple) -> bool:
     return node[0] == "rel" and node[2] == ("=",)
@@ -166,8 +168,9 @@ def _is_name(node: tuple) -> bool:
     """Something that an equation gives a value to: x, m_max, AB, f(2), N/M, |PQ|, the area."""
     kind = node[0]
     if kind == "mul":
-        function, *rest = node[1]
-        return all(map(_is_name, node[1])) or function[0] == "var" and len(rest) == 1
+        first, *rest = node[1]
+        is_call = first[0] == "var" and first[1] in _FUNCTION_NAMES and len(rest) == 1
+        return all(map(_is_name, node[1])) or is_call and rest[0][0] != "inv"
     if kind == "fn":
         return node[1] in ("abs", "max", "min") and all(map(_is_name, node[2]))
     if kind == "tuple":

@@ -56,6 +56,7 @@ _MIXED = re.compile(
     r"(?:\\[dtc]?frac ?(?:\{(\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))|(?<= )(\d+)/(\d+))"
 )
 _RAISED = re.compile(r"\^ ?(?:\{ ?((?:\\circ|\\prime)+) ?\}|((?:\\circ|\\prime)+))")
+_PERIOD = re.compile(r"(\d\.\d*)\((\d+)\)")  # 0.1(6)
 _TIMES_TEN = re.compile(r"(?<=\d) ?[xX] ?10 ?\^")
 _MOD = re.compile(r"\(\\?mod (\w+)\)")
 _UNIT_RATIO = re.compile(r"(?<=[\d})] )(k?[mg]|J|N) ?/ ?(k?[mgsh](?:\^2|\^\{2\})?)[ ,;]*$")  # 5 m/s
@@ -72,6 +73,7 @@ def normalise(text: str) -> str:
     if text.startswith(("**", "`")):  # Markdown
         text = text.strip("*`")
     text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
+    text = _PERIOD.sub(r"\1\\overline{\2}", text)
     text = _MOD.sub(r"\\pmod{\1}", _RAISED.sub(r"\1\2 ", _MIXED.sub(_mixed, text)))
     text = text.replace("\\$", "\\dollar ").replace("**", "^").replace("...", "\\ldots ")
     text = text.replace("\\prime", "'")
@@ -112,6 +114,7 @@ Token = tuple[str, str]  # kind (number, word, letter, text, function, sign) and
 _TOKEN = re.compile(
     r"(?P<grouped>(?<![\d.])(?<!\d,)\d{1,3}(?:(?:,\d{3})+(?!\d|,\d)|(?: \d{3})+(?![\d./]| [\d/]))"
     r"(?:\.\d+)?)"
+    r"|(?P<based>(?<![\w\\])(?=\d*[A-F])[\dA-F]{2,}_\{?1[1-6]\}?)"  # FF_{16}
     r"|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,6}(?!\w|\.\d))?)"
     r"|(?P<command>\\(?:(?:left|right)\.|[a-zA-Z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>[<>!]=|\S)"
 )
@@ -172,6 +175,8 @@ def tokenise(text: str, in_text: bool = False) -> list[Token]:
         kind, value, position = match.lastgroup, match[0], match.end()
         if kind == "grouped":
             kind, value = "number", value.replace(",", "").replace(" ", "")
+        if kind == "based":
+            kind, value = "text", value.replace("{", "").replace("}", "")
         if kind == "word":
             value = "inch" if value == "in" and position == len(text) else value
             before = tokens[-1] if tokens else ("", "")
@@ -216,8 +221,8 @@ def _braced(text: str, position: int) -> tuple[str, int]:
 def _text_tokens(inner: str) -> list[Token]:
     """What stands in \\text{...}: words and units, or maths unless it begins with a letter."""
     inner = re.sub(r"\\[,;: ]", " ", inner).strip()
-    if re.fullmatch(r"[A-Za-z. '-]+", inner):
-        words = (word.strip("'-") for word in re.findall(r"[A-Za-z'-]+", inner))
+    if re.fullmatch(r"[A-Za-z]+(?:(?:-|[. ']+)[A-Za-z]+)*[. ']*", inner):
+        words = (word.strip("'") for word in re.findall(r"[A-Za-z'-]+", inner))
         return [token for word in words for token in _word_tokens(word, True)]
     is_unit = re.fullmatch(r"[A-Za-z][A-Za-z0-9. /^{}-]*", inner)  # m/s^2
     return tokenise(inner, in_text=is_unit is not None)
@@ -472,7 +477,7 @@ class _Parser:
         mantissa, _, exponent = value.lower().partition("e")
         if len(value) > MAX_DIGITS or exponent and abs(int(exponent)) > MAX_DIGITS:
             raise NotMath(f"a number of more than {MAX_DIGITS} digits")
-        if self.at("_", "\\overline"):  # 1010_2 and 0.\overline{3} equal themselves only
+        if self.at("_", "\\overline", "\\bar", "\\dot"):  # 1010_2, 0.\overline{3}
             return ("const", f"{value} {self.take()} {self.subscript()}")
         is_decimal = "." in mantissa.rstrip(".") or bool(exponent)
         if self.kind() == "number":

@@ -90,8 +90,7 @@ def _mixed(match: re.Match) -> str:
 
 
 def _fold_unicode(text: str) -> str:
-    text = _RUNS.sub(_unraised, re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))  # 2½ is 2 1/2
-    return "".join(map(_fold, text)).replace("⁄", "/")
+    return "".join(map(_fold, _RUNS.sub(_unraised, text)))
 
 
 def _unraised(match: re.Match) -> str:
@@ -104,7 +103,8 @@ def _fold(char: str) -> str:
         return char
     if char.isdecimal():
         return str(unicodedata.decimal(char))
-    return _SIGNS.get(char) or unicodedata.normalize("NFKC", char)
+    char = _SIGNS.get(char) or unicodedata.normalize("NFKC", char)
+    return re.sub(r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}", char)  # ½
 
 
 # ---- tokens ----

@@ -69,7 +69,7 @@ def normalise(text: str) -> str:
         raise NotMath(f"longer than {MAX_CHARS} characters")
     if not text.isascii():
         text = _fold_unicode(text)
-    text = " ".join(text.replace("~", " ").replace("np.", "").split())  # also of np.sqrt(2)
+    text = " ".join(text.replace("~", " ").replace("np.", "").split())  # np.sqrt(2)
     if text.startswith(("**", "`")):  # Markdown
         text = text.strip("*`")
     text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
@@ -90,10 +90,10 @@ def _mixed(match: re.Match) -> str:
 
 
 def _fold_unicode(text: str) -> str:
-    return "".join(map(_fold, _RUNS.sub(_unraised, text)))
+    return "".join(map(_fold, _RUNS.sub(_script, text)))
 
 
-def _unraised(match: re.Match) -> str:
+def _script(match: re.Match) -> str:
     mark = "^" if match[0][0] in _SUPERSCRIPTS else "_"
     return f"{mark}{{{unicodedata.normalize('NFKC', match[0]).replace('−', '-')}}}"
 
@@ -134,7 +134,7 @@ _SYNONYMS = _pairs(
     " degree:circ deg:circ overrightarrow:vec varphi:phi varepsilon:epsilon arccos:acos"
     " arcsin:asin arctan:atan dbinom:binom tbinom:binom equiv:="
 )
-FUNCTIONS = _words(  # of which evaluation.py has no value for some: they equal themselves only
+FUNCTIONS = _words(  # one without a value in evaluation.py equals itself only
     "sin cos tan cot sec csc asin acos atan arcsin arccos arctan sinh cosh tanh log ln lg exp gcd"
     " lcm max min sqrt abs floor ceil det binom cbrt sum prod lim"
 )
@@ -160,13 +160,13 @@ _FILLER = _words(
     " high away each of in all altogether"
 )
 _WHOLE_WORDS = {word for word in _FILLER if len(word) > 1} | {"per", "sq"}
-_UNIT_CARRIERS = (")", "}", "\\pi")  # may stand right before a unit, as numbers may
+_UNIT_CARRIERS = (")", "}", "\\pi")  # a unit may follow, as after a number
 
 
 def tokenise(text: str, in_text: bool = False) -> list[Token]:
-    """Tokens of normalised text. A command is a sign with its backslash, save for \\text{}.
+    """The tokens of normalised text; a command is a sign.
 
-    in_text: letters and words stand in \\text{}, as units and words do."""
+    in_text: the text is that of \\text{}, where letters and words stay whole."""
     tokens: list[Token] = []
     position = depth = 0
     while match := _TOKEN.search(text, position):
@@ -283,7 +283,7 @@ def _is_filler(token: Token) -> bool:
 
 
 class _Parser:
-    """Recursive descent; a method reads one rule of the grammar, and stops behind it.
+    """Recursive descent: a method for each rule of the grammar.
 
     answer   := union (("," | ";" | and | or) union)*
     union    := relation ((cup | backslash) relation)*
@@ -294,7 +294,7 @@ class _Parser:
     """
 
     def __init__(self, tokens: list[Token]):
-        self.tokens = [*tokens, *[("", "")] * 4]  # what peek sees behind the end
+        self.tokens = [*tokens, *[("", "")] * 4]  # what peek sees past the end
         self.position = 0
         self.depth = 0
         self.in_bars = 0
@@ -391,7 +391,7 @@ class _Parser:
                 return product(factors)
 
     def is_unit(self, first: tuple) -> bool:
-        """Is the letter in \\text{} a unit, behind factors of which this is the first?"""
+        """Is the letter in \\text{} a unit? first: the first factor of its term."""
         return self.peek() not in ("e", "i") and first[0] in ("num", "neg", "pct", "unit")
 
     def starts_factor(self) -> bool:
@@ -479,15 +479,12 @@ class _Parser:
             raise NotMath(f"a number of more than {MAX_DIGITS} digits")
         if self.at("_", "\\overline", "\\bar", "\\dot"):  # 1010_2, 0.\overline{3}
             return ("const", f"{value} {self.take()} {self.subscript()}")
-        is_decimal = "." in mantissa.rstrip(".") or bool(exponent)
         if self.kind() == "number":
             raise NotMath("two numbers side by side")
+        mantissa = mantissa.rstrip(".")
+        is_decimal = "." in mantissa or exponent
         digits = max(len(mantissa.replace(".", "").lstrip("0")), 1) if is_decimal else 0
-        return (
-            "num",
-            Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0),
-            digits,
-        )
+        return ("num", Fraction(mantissa) * Fraction(10) ** int(exponent or 0), digits)
 
     def variable(self, name: str) -> tuple:
         if name in ("e", "i") and not self.at("_"):
@@ -572,7 +569,9 @@ class _Parser:
             return ("set", ())
         items = self.items(",", ";")
         if opener == "{" and self.accept("\\over"):
-            items = [("mul", (items[-1], ("inv", self.sum())))]
+            items[-1:] = [("mul", (items[-1], ("inv", self.sum())))]
+        elif opener == "{" and self.accept("\\choose"):
+            items[-1:] = [("fn", "binom", (items[-1], self.sum()))]
         if self.kind() != "sign" or self.peek() not in _CLOSERS[opener]:
             raise NotMath(f"brackets do not match at {self.peek()!r}")
         self.in_bars = bars

@@ -7,14 +7,14 @@ What counts as equal (a false accept is worse than a false reject):
     units        a unit missing on one side is no difference; two must be the same, by any
                  of its names; 90 degrees is 90 and pi/2
     order        (1, 2) is ordered, and neither {1, 2} nor the list 1, 2; lists and sets are not
-                 ordered; every item of a list counts
+                 ordered; a repeated item counts
     (1, 2)       is a point, but also the open interval when the other side is one
     x = 5        is 5; it is not y = 5; a chain whose parts differ (x = 41 = 42) is nothing
     equations    equal up to a constant factor; inequalities of one variable as sets
     matrices     entry by entry; a row, a column and a tuple are the same vector
     letters      x is not X; words are compared without case
     functions    equal wherever both are real: 2 ln x is ln x^2, but |x| is not x
-    1010_2       and 0.\\overline{3} are equal to themselves only
+    1010_2       and FF_{16} and 0.\\overline{3} are equal to themselves only
 """
 
 import math
@@ -59,8 +59,8 @@ def compare(
 ) -> str:
     """The verdict's reason: "correct", "wrong", "unparsable" or "undecided". Never raises.
 
-    tolerance: a number at most so far from gold is correct, too.
-    symbolic: compares two trees that only sympy can; without it, they are "undecided".
+    tolerance: a number within this distance of gold is correct, too.
+    symbolic: compares trees that contain integrals; without it, they are "undecided".
     """
     gold, answer = extract_boxed(gold) or gold, extract_boxed(answer) or answer
     comparison = _Comparison(symbolic)
@@ -241,7 +241,7 @@ def _mentions(node, wanted: tuple) -> bool:
 
 
 class _Comparison:
-    """One verdict: its budget, and what compares trees that only sympy can."""
+    """One verdict: its budget, and the comparison of integrals, if there is one."""
 
     def __init__(self, symbolic: Callable[[tuple, tuple], bool] | None):
         self.budget = Budget()
@@ -314,7 +314,7 @@ class _Comparison:
     def named(self, node: tuple) -> tuple[tuple, tuple | None] | None:
         """(name, value) of x = value, x in set, x = expr = value ~ decimal, x = 1 or x = 2.
 
-        The value is None of a chain that contradicts itself (x = 41 = 42). None without a name."""
+        value is None for a chain that contradicts itself (x = 41 = 42). None without a name."""
         if node[0] == "list":
             first, *rest = node[1]
             if not _is_equation(first) or not _is_name(first[1][0]):
@@ -380,7 +380,7 @@ class _Comparison:
     # collections
 
     def same_collection(self, gold: tuple, answer: tuple) -> bool:
-        """Equal as multisets (lists) or sets; a tuple is no list. Inequalities are a region."""
+        """The same items, in any order; a tuple is no list. Inequalities are a region."""
         kinds = {gold[0], answer[0]}
         is_region = "union" in kinds or any(
             node[0] == "list" and all(map(_is_inequality, node[1])) for node in (gold, answer)
@@ -422,7 +422,7 @@ class _Comparison:
         return is_same_name and piece[3:] == answer_piece[3:] and self.all_same(*ends)
 
     def pieces(self, node: tuple) -> list[tuple[tuple | None, tuple]]:
-        """(variable, interval) of each piece of a region; nothing of what is none."""
+        """(variable, interval) of each piece of a region; [] for anything else."""
         kind = node[0]
         if kind == "tuple" and len(node[1]) == 2:
             node = ("interval", *node[1], False, False)
@@ -577,8 +577,8 @@ def _decimal(node: tuple) -> tuple[Fraction, int] | None:
 def _is_rounding(decimal: tuple[Fraction, int] | None, value) -> bool:
     """Is the decimal the value, rounded to its own digits or cut off behind them?
 
-    Never of a value that a decimal writes exactly. Digits beyond the 15th, where floating point
-    has got them wrong, do not count."""
+    False for a value that a decimal writes exactly. Digits after the 15th do not count: floating
+    point gets them wrong."""
     if decimal is None or decimal[1] < ROUNDED_DIGITS or not decimal[0]:
         return False
     if isinstance(value, Fraction):

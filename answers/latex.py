@@ -154,7 +154,7 @@ _WORD_SIGNS = {
     "mod": "\\pmod",
 }
 _ACCENTS = _words("overline bar vec hat dot ddot tilde widehat underline mathcal")
-_OPENING = _words("pi infty frac int emptyset mathbb ldots dollar euro pound")
+_OPENING = _GREEK | _ACCENTS | _words("pi infty frac int emptyset mathbb ldots dollar euro pound")
 _FILLER = _words(
     "the a an about approximately roughly exactly is are units unit total only old long wide tall"
     " high away each of in all altogether"
@@ -222,7 +222,7 @@ def _text_tokens(inner: str) -> list[Token]:
     """What stands in \\text{...}: words and units, or maths unless it begins with a letter."""
     inner = re.sub(r"\\[,;: ]", " ", inner).strip()
     if re.fullmatch(r"[A-Za-z]+(?:(?:-|[. ']+)[A-Za-z]+)*[. ']*", inner):
-        words = (word.strip("'") for word in re.findall(r"[A-Za-z'-]+", inner))
+        words = (word.strip("'") for word in re.findall(r"[A-Za-z][A-Za-z'-]*", inner))
         return [token for word in words for token in _word_tokens(word, True)]
     is_unit = re.fullmatch(r"[A-Za-z][A-Za-z0-9. /^{}-]*", inner)  # m/s^2
     return tokenise(inner, in_text=is_unit is not None)
@@ -306,12 +306,10 @@ class _Parser:
         return self.tokens[self.position + ahead][0]
 
     def at(self, *values: str) -> bool:
-        kind, value = self.tokens[self.position]
-        return kind == "sign" and value in values
+        return self.peek() in values
 
     def accept(self, *values: str) -> bool:
-        kind, value = self.tokens[self.position]
-        found = kind == "sign" and value in values
+        found = self.at(*values)
         self.position += found
         return found
 
@@ -351,7 +349,7 @@ class _Parser:
 
     def relation(self) -> tuple:
         nodes, operators = [self.sum()], []
-        while self.kind() == "sign" and self.peek() in _RELATIONS:
+        while self.peek() in _RELATIONS:
             operators.append(self.take().strip("\\"))
             is_set = operators[-1] in ("=", "in")
             nodes.append(self.joined_sets(self.sum) if is_set else self.sum())
@@ -401,14 +399,8 @@ class _Parser:
         if self.kind() != "sign":
             return self.kind() in ("word", "function", "letter")
         value = self.peek()
-        name = value[1:]
-        return (
-            value in _CLOSERS
-            or value == "|"
-            and not self.in_bars
-            or value[:1] == "\\"
-            and (name in _GREEK or name in _ACCENTS or name in _OPENING or name[:6] == "begin{")
-        )
+        opens = value in _CLOSERS or value == "|" and not self.in_bars
+        return opens or value[1:] in _OPENING or value[1:7] == "begin{"
 
     def factor(self) -> tuple:
         negative = False
@@ -572,7 +564,7 @@ class _Parser:
             items[-1:] = [("mul", (items[-1], ("inv", self.sum())))]
         elif opener == "{" and self.accept("\\choose"):
             items[-1:] = [("fn", "binom", (items[-1], self.sum()))]
-        if self.kind() != "sign" or self.peek() not in _CLOSERS[opener]:
+        if not self.at(*_CLOSERS[opener]):
             raise NotMath(f"brackets do not match at {self.peek()!r}")
         self.in_bars = bars
         return self.bracketed(opener, self.take(), items)
@@ -593,10 +585,7 @@ class _Parser:
     def command(self, value: str) -> tuple:
         name = value[1:]
         if name == "frac":
-            top, bottom = self.argument(), self.argument()
-            if top[0] == "neg":
-                return ("neg", ("mul", (top[1], ("inv", bottom))))
-            return ("mul", (top, ("inv", bottom)))
+            return ("mul", (self.argument(), ("inv", self.argument())))
         if name in ("pi", "infty"):
             return ("const", "pi" if name == "pi" else "inf")
         if value in _CURRENCIES:
@@ -615,7 +604,7 @@ class _Parser:
             return self.variable(f"{name} {self.argument()}")
         if name in ("angle", "triangle"):
             return ("text", name)
-        if name in _GREEK and value[0] == "\\":
+        if name in _GREEK:
             return self.variable(value)
         raise NotMath(f"unknown {value!r}")
 
@@ -675,8 +664,4 @@ class _Parser:
 
 
 def product(factors: list[tuple]) -> tuple:
-    if len(factors) == 1:
-        return factors[0]
-    if factors[0][0] == "neg":  # -2x is -(2x)
-        return ("neg", ("mul", (factors[0][1], *factors[1:])))
-    return ("mul", tuple(factors))
+    return factors[0] if len(factors) == 1 else ("mul", tuple(factors))

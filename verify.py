@@ -39,9 +39,9 @@ def verify_many(
 ) -> list[Verdict]:
     """One verdict for each (problem, response), in order.
 
-    What the bounded code of this project decides (all of Countdown, nearly all of mathematics) is
-    decided in this process; sympy and the scorers of reasoning-gym run in up to num_workers worker
-    processes at once, timeout_s for each.
+    Countdown and mathematics without integrals are judged in this process, by code whose work is
+    bounded. Integrals (sympy) and the scorers of reasoning-gym run in up to num_workers worker
+    processes at a time, each call for at most timeout_s.
     Raises ValueError for a problem of an unknown kind.
     """
     pairs = list(zip(problems, responses, strict=True))
@@ -81,7 +81,7 @@ def _verify_here(problem, response: str) -> Verdict:
 def _ask_worker(problem, answer: str, timeout_s: float) -> str:
     if problem.kind == "math":
         return ask_sympy(problem.answer, answer, timeout_s)
-    # what is marked as the answer, or else the whole response, or else its answer in words
+    # the marked answer, else the whole response and the answer that is found in it
     marked = extract_tagged(answer) or extract_boxed(answer)
     candidates = [marked] if marked else [answer.strip(), extract_answer(answer) or ""]
     arguments = [problem.task, *problem.entry, list(dict.fromkeys(candidates))]

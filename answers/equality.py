@@ -7,14 +7,14 @@ What counts as equal (a false accept is worse than a false reject):
     units        a unit missing on one side is no difference; two must be the same, by any
                  of its names; 90 degrees is 90 and pi/2
     order        (1, 2) is ordered, and neither {1, 2} nor the list 1, 2; lists and sets are not
-                 ordered; every item of a list counts
+                 ordered; a repeated item counts
     (1, 2)       is a point, but also the open interval when the other side is one
     x = 5        is 5; it is not y = 5; a chain whose parts differ (x = 41 = 42) is nothing
     equations    equal up to a constant factor; inequalities of one variable as sets
     matrices     entry by entry; a row, a column and a tuple are the same vector
     letters      x is not X; words are compared without case
     functions    equal wherever both are real: 2 ln x is ln x^2, but |x| is not x
-    1010_2       and 0.\\overline{3} are equal to themselves only
+    1010_2       equals itself only, as do FF_{16} and 0.\\overline{3}
 """
 
 import math
@@ -59,8 +59,8 @@ def compare(
 ) -> str:
     """The verdict's reason: "correct", "wrong", "unparsable" or "undecided". Never raises.
 
-    tolerance: a number at most so far from gold is correct, too.
-    symbolic: compares two trees that only sympy can; without it, they are "undecided".
+    tolerance: a number within this distance of gold is correct, too.
+    symbolic: compares trees that contain integrals; without it, they are "undecided".
     """
     gold, answer = extract_boxed(gold) or gold, extract_boxed(answer) or answer
     comparison = _Comparison(symbolic)
@@ -153,6 +153,8 @@ def _is_words(text: str) -> bool:
 
 # ---- trees ----
 
+_FUNCTION_NAMES = {*"fghFGHPEVTpqSaNy", "\\phi", "\\psi", "\\sigma", "\\tau"}
+
 
 def _is_equation(node: tuple) -> bool:
     return node[0] == "rel" and node[2] == ("=",)
@@ -166,8 +168,9 @@ def _is_name(node: tuple) -> bool:
     """Something that an equation gives a value to: x, m_max, AB, f(2), N/M, |PQ|, the area."""
     kind = node[0]
     if kind == "mul":
-        function, *rest = node[1]
-        return all(map(_is_name, node[1])) or function[0] == "var" and len(rest) == 1
+        first, *rest = node[1]
+        is_call = first[0] == "var" and first[1] in _FUNCTION_NAMES and len(rest) == 1
+        return all(map(_is_name, node[1])) or is_call and rest[0][0] != "inv"
     if kind == "fn":
         return node[1] in ("abs", "max", "min") and all(map(_is_name, node[2]))
     if kind == "tuple":
@@ -238,7 +241,7 @@ def _mentions(node, wanted: tuple) -> bool:
 
 
 class _Comparison:
-    """One verdict: its budget, and what compares trees that only sympy can."""
+    """One verdict: its budget, and the comparison of integrals, if there is one."""
 
     def __init__(self, symbolic: Callable[[tuple, tuple], bool] | None):
         self.budget = Budget()
@@ -311,7 +314,7 @@ class _Comparison:
     def named(self, node: tuple) -> tuple[tuple, tuple | None] | None:
         """(name, value) of x = value, x in set, x = expr = value ~ decimal, x = 1 or x = 2.
 
-        The value is None of a chain that contradicts itself (x = 41 = 42). None without a name."""
+        value is None for a chain that contradicts itself (x = 41 = 42). None without a name."""
         if node[0] == "list":
             first, *rest = node[1]
             if not _is_equation(first) or not _is_name(first[1][0]):
@@ -325,8 +328,6 @@ class _Comparison:
         parts, operators = list(node[1]), list(node[2])
         if operators == ["="] and parts[1][0] == "var" and not variables(parts[0]):  # 5 = x
             parts.reverse()
-        if "in" in operators:
-            return tuple(parts) if len(parts) == 2 and _is_name(parts[0]) else None
         names = []
         while len(parts) > 1 and self.is_named_by(parts[0], parts[-1]):
             names.append(parts.pop(0))
@@ -377,24 +378,20 @@ class _Comparison:
     # collections
 
     def same_collection(self, gold: tuple, answer: tuple) -> bool:
-        """Equal as multisets (lists) or sets; a tuple is no list. Inequalities are a region."""
+        """The same items, in any order; a tuple is no list. Inequalities are a region."""
         kinds = {gold[0], answer[0]}
         is_region = "union" in kinds or any(
             node[0] == "list" and all(map(_is_inequality, node[1])) for node in (gold, answer)
         )
         if is_region:
             return self.same_region(gold, answer)
-        if kinds == {"list", "tuple"}:
-            return False
         return self.matches(_items(gold), _items(answer))
 
     # equations and regions
 
     def same_equation(self, gold: tuple, answer: tuple) -> bool:
         """Equal up to a constant factor: 2x + 4y = 6 is x + 2y - 3 = 0."""
-        sides = {"text", "list", "set", "tuple", "matrix", "interval", "union", "rel", "pm", "mp"}
-        is_plain = not contains((gold[1], answer[1]), sides)
-        if not is_plain or not variables(gold) or variables(gold) != variables(answer):
+        if not variables(gold) or variables(gold) != variables(answer):
             return self.all_same(gold[1], answer[1])
         try:
             return self.proportional(_difference(gold), _difference(answer))
@@ -419,7 +416,7 @@ class _Comparison:
         return is_same_name and piece[3:] == answer_piece[3:] and self.all_same(*ends)
 
     def pieces(self, node: tuple) -> list[tuple[tuple | None, tuple]]:
-        """(variable, interval) of each piece of a region; nothing of what is none."""
+        """(variable, interval) of each piece of a region; [] for anything else."""
         kind = node[0]
         if kind == "tuple" and len(node[1]) == 2:
             node = ("interval", *node[1], False, False)
@@ -574,8 +571,8 @@ def _decimal(node: tuple) -> tuple[Fraction, int] | None:
 def _is_rounding(decimal: tuple[Fraction, int] | None, value) -> bool:
     """Is the decimal the value, rounded to its own digits or cut off behind them?
 
-    Never of a value that a decimal writes exactly. Digits beyond the 15th, where floating point
-    has got them wrong, do not count."""
+    False for a value that a decimal writes exactly. Digits after the 15th do not count: floating
+    point gets them wrong."""
     if decimal is None or decimal[1] < ROUNDED_DIGITS or not decimal[0]:
         return False
     if isinstance(value, Fraction):

@@ -1,7 +1,6 @@
 """The value of an expression tree of latex.py: exact where possible, else a real or complex number.
 
-The caps below hold before anything is computed: no text makes a number that does not fit into
-memory, or takes long.
+The caps are checked before anything is computed, so that no text exhausts memory or time.
 """
 
 import math
@@ -266,19 +265,8 @@ class Evaluation:
 
 _CONSTANTS = {"pi": +SMALL.pi, "e": +SMALL.e, "i": SMALL.j}
 _ANALYTIC = {
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "asin",
-    "acos",
-    "atan",
-    "sinh",
-    "cosh",
-    "tanh",
-}
+    "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh"
+}  # fmt: skip
 
 
 def _bits(value: Fraction) -> int:

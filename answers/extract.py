@@ -49,7 +49,7 @@ def extract_answer(text: str) -> str | None:
     if tagged is not None:
         return extract_boxed(tagged) or _behind_phrase(tagged) or tagged or None
     boxed = extract_boxed(text)
-    if boxed or _CUT_OFF_BOX.search(text):  # "\\boxed{4" may have been going to be 42
+    if boxed or _CUT_OFF_BOX.search(text):  # "\\boxed{4" may be the start of 42
         return boxed or None
     hashes = text.rfind("####")
     found = _HASHES.match(text, hashes) if hashes >= 0 else None
@@ -178,7 +178,7 @@ def _groups(text: str) -> list[tuple[str, int]]:
 
 
 def _formulas(text: str) -> list[tuple[str, int, int]]:
-    """(content, start, end) of what stands between maths delimiters; of money, nothing."""
+    """(content, start, end) of what stands between maths delimiters, except sums of money."""
     found = [
         (max(m.groups(""), key=len).strip(), m.start(), m.end()) for m in _DISPLAY.finditer(text)
     ]

@@ -56,6 +56,7 @@ _MIXED = re.compile(
     r"(?:\\[dtc]?frac ?(?:\{(\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))|(?<= )(\d+)/(\d+))"
 )
 _RAISED = re.compile(r"\^ ?(?:\{ ?((?:\\circ|\\prime)+) ?\}|((?:\\circ|\\prime)+))")
+_PERIOD = re.compile(r"(\d\.\d*)\((\d+)\)")  # 0.1(6)
 _TIMES_TEN = re.compile(r"(?<=\d) ?[xX] ?10 ?\^")
 _MOD = re.compile(r"\(\\?mod (\w+)\)")
 _UNIT_RATIO = re.compile(r"(?<=[\d})] )(k?[mg]|J|N) ?/ ?(k?[mgsh](?:\^2|\^\{2\})?)[ ,;]*$")  # 5 m/s
@@ -68,10 +69,11 @@ def normalise(text: str) -> str:
         raise NotMath(f"longer than {MAX_CHARS} characters")
     if not text.isascii():
         text = _fold_unicode(text)
-    text = " ".join(text.replace("~", " ").replace("np.", "").split())  # also of np.sqrt(2)
+    text = " ".join(text.replace("~", " ").replace("np.", "").split())  # np.sqrt(2)
     if text.startswith(("**", "`")):  # Markdown
         text = text.strip("*`")
     text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
+    text = _PERIOD.sub(r"\1\\overline{\2}", text)
     text = _MOD.sub(r"\\pmod{\1}", _RAISED.sub(r"\1\2 ", _MIXED.sub(_mixed, text)))
     text = text.replace("\\$", "\\dollar ").replace("**", "^").replace("...", "\\ldots ")
     text = text.replace("\\prime", "'")
@@ -88,11 +90,10 @@ def _mixed(match: re.Match) -> str:
 
 
 def _fold_unicode(text: str) -> str:
-    text = _RUNS.sub(_unraised, re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))  # 2½ is 2 1/2
-    return "".join(map(_fold, text)).replace("⁄", "/")
+    return "".join(map(_fold, _RUNS.sub(_script, text)))
 
 
-def _unraised(match: re.Match) -> str:
+def _script(match: re.Match) -> str:
     mark = "^" if match[0][0] in _SUPERSCRIPTS else "_"
     return f"{mark}{{{unicodedata.normalize('NFKC', match[0]).replace('−', '-')}}}"
 
@@ -102,7 +103,8 @@ def _fold(char: str) -> str:
         return char
     if char.isdecimal():
         return str(unicodedata.decimal(char))
-    return _SIGNS.get(char) or unicodedata.normalize("NFKC", char)
+    char = _SIGNS.get(char) or unicodedata.normalize("NFKC", char)
+    return re.sub(r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}", char)  # ½
 
 
 # ---- tokens ----
@@ -112,6 +114,7 @@ Token = tuple[str, str]  # kind (number, word, letter, text, function, sign) and
 _TOKEN = re.compile(
     r"(?P<grouped>(?<![\d.])(?<!\d,)\d{1,3}(?:(?:,\d{3})+(?!\d|,\d)|(?: \d{3})+(?![\d./]| [\d/]))"
     r"(?:\.\d+)?)"
+    r"|(?P<based>(?<![\w\\])(?=\d*[A-F])[\dA-F]{2,}_\{?1[1-6]\}?)"  # FF_{16}
     r"|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,6}(?!\w|\.\d))?)"
     r"|(?P<command>\\(?:(?:left|right)\.|[a-zA-Z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>[<>!]=|\S)"
 )
@@ -131,7 +134,7 @@ _SYNONYMS = _pairs(
     " degree:circ deg:circ overrightarrow:vec varphi:phi varepsilon:epsilon arccos:acos"
     " arcsin:asin arctan:atan dbinom:binom tbinom:binom equiv:="
 )
-FUNCTIONS = _words(  # of which evaluation.py has no value for some: they equal themselves only
+FUNCTIONS = _words(  # one without a value in evaluation.py equals itself only
     "sin cos tan cot sec csc asin acos atan arcsin arccos arctan sinh cosh tanh log ln lg exp gcd"
     " lcm max min sqrt abs floor ceil det binom cbrt sum prod lim"
 )
@@ -151,19 +154,19 @@ _WORD_SIGNS = {
     "mod": "\\pmod",
 }
 _ACCENTS = _words("overline bar vec hat dot ddot tilde widehat underline mathcal")
-_OPENING = _words("pi infty frac int emptyset mathbb ldots dollar euro pound")
+_OPENING = _GREEK | _ACCENTS | _words("pi infty frac int emptyset mathbb ldots dollar euro pound")
 _FILLER = _words(
     "the a an about approximately roughly exactly is are units unit total only old long wide tall"
     " high away each of in all altogether"
 )
 _WHOLE_WORDS = {word for word in _FILLER if len(word) > 1} | {"per", "sq"}
-_UNIT_CARRIERS = (")", "}", "\\pi")  # may stand right before a unit, as numbers may
+_UNIT_CARRIERS = (")", "}", "\\pi")  # a unit may follow, as after a number
 
 
 def tokenise(text: str, in_text: bool = False) -> list[Token]:
-    """Tokens of normalised text. A command is a sign with its backslash, save for \\text{}.
+    """The tokens of normalised text; a command is a sign.
 
-    in_text: letters and words stand in \\text{}, as units and words do."""
+    in_text: the text is that of \\text{}, where letters and words stay whole."""
     tokens: list[Token] = []
     position = depth = 0
     while match := _TOKEN.search(text, position):
@@ -172,6 +175,8 @@ def tokenise(text: str, in_text: bool = False) -> list[Token]:
         kind, value, position = match.lastgroup, match[0], match.end()
         if kind == "grouped":
             kind, value = "number", value.replace(",", "").replace(" ", "")
+        if kind == "based":
+            kind, value = "text", value.replace("{", "").replace("}", "")
         if kind == "word":
             value = "inch" if value == "in" and position == len(text) else value
             before = tokens[-1] if tokens else ("", "")
@@ -216,8 +221,8 @@ def _braced(text: str, position: int) -> tuple[str, int]:
 def _text_tokens(inner: str) -> list[Token]:
     """What stands in \\text{...}: words and units, or maths unless it begins with a letter."""
     inner = re.sub(r"\\[,;: ]", " ", inner).strip()
-    if re.fullmatch(r"[A-Za-z. '-]+", inner):
-        words = (word.strip("'-") for word in re.findall(r"[A-Za-z'-]+", inner))
+    if re.fullmatch(r"[A-Za-z]+(?:(?:-|[. ']+)[A-Za-z]+)*[. ']*", inner):
+        words = (word.strip("'") for word in re.findall(r"[A-Za-z][A-Za-z'-]*", inner))
         return [token for word in words for token in _word_tokens(word, True)]
     is_unit = re.fullmatch(r"[A-Za-z][A-Za-z0-9. /^{}-]*", inner)  # m/s^2
     return tokenise(inner, in_text=is_unit is not None)
@@ -278,7 +283,7 @@ def _is_filler(token: Token) -> bool:
 
 
 class _Parser:
-    """Recursive descent; a method reads one rule of the grammar, and stops behind it.
+    """Recursive descent: a method for each rule of the grammar.
 
     answer   := union (("," | ";" | and | or) union)*
     union    := relation ((cup | backslash) relation)*
@@ -289,7 +294,7 @@ class _Parser:
     """
 
     def __init__(self, tokens: list[Token]):
-        self.tokens = [*tokens, *[("", "")] * 4]  # what peek sees behind the end
+        self.tokens = [*tokens, *[("", "")] * 4]  # what peek sees past the end
         self.position = 0
         self.depth = 0
         self.in_bars = 0
@@ -301,12 +306,10 @@ class _Parser:
         return self.tokens[self.position + ahead][0]
 
     def at(self, *values: str) -> bool:
-        kind, value = self.tokens[self.position]
-        return kind == "sign" and value in values
+        return self.peek() in values
 
     def accept(self, *values: str) -> bool:
-        kind, value = self.tokens[self.position]
-        found = kind == "sign" and value in values
+        found = self.at(*values)
         self.position += found
         return found
 
@@ -346,7 +349,7 @@ class _Parser:
 
     def relation(self) -> tuple:
         nodes, operators = [self.sum()], []
-        while self.kind() == "sign" and self.peek() in _RELATIONS:
+        while self.peek() in _RELATIONS:
             operators.append(self.take().strip("\\"))
             is_set = operators[-1] in ("=", "in")
             nodes.append(self.joined_sets(self.sum) if is_set else self.sum())
@@ -386,7 +389,7 @@ class _Parser:
                 return product(factors)
 
     def is_unit(self, first: tuple) -> bool:
-        """Is the letter in \\text{} a unit, behind factors of which this is the first?"""
+        """Is the letter in \\text{} a unit? first: the first factor of its term."""
         return self.peek() not in ("e", "i") and first[0] in ("num", "neg", "pct", "unit")
 
     def starts_factor(self) -> bool:
@@ -396,14 +399,8 @@ class _Parser:
         if self.kind() != "sign":
             return self.kind() in ("word", "function", "letter")
         value = self.peek()
-        name = value[1:]
-        return (
-            value in _CLOSERS
-            or value == "|"
-            and not self.in_bars
-            or value[:1] == "\\"
-            and (name in _GREEK or name in _ACCENTS or name in _OPENING or name[:6] == "begin{")
-        )
+        opens = value in _CLOSERS or value == "|" and not self.in_bars
+        return opens or value[1:] in _OPENING or value[1:7] == "begin{"
 
     def factor(self) -> tuple:
         negative = False
@@ -472,17 +469,14 @@ class _Parser:
         mantissa, _, exponent = value.lower().partition("e")
         if len(value) > MAX_DIGITS or exponent and abs(int(exponent)) > MAX_DIGITS:
             raise NotMath(f"a number of more than {MAX_DIGITS} digits")
-        if self.at("_", "\\overline"):  # 1010_2 and 0.\overline{3} equal themselves only
+        if self.at("_", "\\overline", "\\bar", "\\dot"):  # 1010_2, 0.\overline{3}
             return ("const", f"{value} {self.take()} {self.subscript()}")
-        is_decimal = "." in mantissa.rstrip(".") or bool(exponent)
         if self.kind() == "number":
             raise NotMath("two numbers side by side")
+        mantissa = mantissa.rstrip(".")
+        is_decimal = "." in mantissa or exponent
         digits = max(len(mantissa.replace(".", "").lstrip("0")), 1) if is_decimal else 0
-        return (
-            "num",
-            Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0),
-            digits,
-        )
+        return ("num", Fraction(mantissa) * Fraction(10) ** int(exponent or 0), digits)
 
     def variable(self, name: str) -> tuple:
         if name in ("e", "i") and not self.at("_"):
@@ -567,8 +561,10 @@ class _Parser:
             return ("set", ())
         items = self.items(",", ";")
         if opener == "{" and self.accept("\\over"):
-            items = [("mul", (items[-1], ("inv", self.sum())))]
-        if self.kind() != "sign" or self.peek() not in _CLOSERS[opener]:
+            items[-1:] = [("mul", (items[-1], ("inv", self.sum())))]
+        elif opener == "{" and self.accept("\\choose"):
+            items[-1:] = [("fn", "binom", (items[-1], self.sum()))]
+        if not self.at(*_CLOSERS[opener]):
             raise NotMath(f"brackets do not match at {self.peek()!r}")
         self.in_bars = bars
         return self.bracketed(opener, self.take(), items)
@@ -589,10 +585,7 @@ class _Parser:
     def command(self, value: str) -> tuple:
         name = value[1:]
         if name == "frac":
-            top, bottom = self.argument(), self.argument()
-            if top[0] == "neg":
-                return ("neg", ("mul", (top[1], ("inv", bottom))))
-            return ("mul", (top, ("inv", bottom)))
+            return ("mul", (self.argument(), ("inv", self.argument())))
         if name in ("pi", "infty"):
             return ("const", "pi" if name == "pi" else "inf")
         if value in _CURRENCIES:
@@ -611,7 +604,7 @@ class _Parser:
             return self.variable(f"{name} {self.argument()}")
         if name in ("angle", "triangle"):
             return ("text", name)
-        if name in _GREEK and value[0] == "\\":
+        if name in _GREEK:
             return self.variable(value)
         raise NotMath(f"unknown {value!r}")
 
@@ -671,8 +664,4 @@ class _Parser:
 
 
 def product(factors: list[tuple]) -> tuple:
-    if len(factors) == 1:
-        return factors[0]
-    if factors[0][0] == "neg":  # -2x is -(2x)
-        return ("neg", ("mul", (factors[0][1], *factors[1:])))
-    return ("mul", tuple(factors))
+    return factors[0] if len(factors) == 1 else ("mul", tuple(factors))

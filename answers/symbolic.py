@@ -65,9 +65,5 @@ _OPERATIONS = {
     "pct": lambda x: x / 100,
 }
 _SAME_NAME = "root sin cos tan cot sec csc asin acos atan sinh cosh tanh log exp floor factorial"
-_FUNCTIONS = {name: name for name in _SAME_NAME.split(" ")} | {
-    "ln": "log",
-    "abs": "Abs",
-    "ceil": "ceiling",
-    "binom": "binomial",
-}
+_FUNCTIONS = {name: name for name in _SAME_NAME.split(" ")}
+_FUNCTIONS |= {"ln": "log", "abs": "Abs", "ceil": "ceiling", "binom": "binomial"}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 MEMORY = 2 * 1024**3  # bytes of a worker's address space
 START_S = 30.0  # to start a process and import what a function needs, besides its own time
-TASKS = {  # function: its module, and a package that is imported before its time runs
+TASKS = {  # function: its module, and a package that is imported before its time counts
     "compare_with_sympy": ("answers.symbolic", "sympy"),
     "entries": ("data.gym", "reasoning_gym"),
     "score": ("data.gym", "reasoning_gym"),
@@ -83,7 +83,7 @@ def ask_worker(function: str, arguments: list, timeout_s: float):
         line = None
     if line is None:
         worker.kill()
-        worker = _Worker()  # starts while the caller goes on
+        worker = _Worker()  # starts in the background
     with _lock:
         _idle.append(worker)
     if line is None:

@@ -1,8 +1,8 @@
 """Tasks of the reasoning-gym package, judged by its own scorers.
 
-The package's code is not ours, so this module runs in worker processes with limits of time and
-memory (verify.py). A task is "NAME" or "NAME?option=value&option=value", with the options of its
-reasoning-gym config.
+The package's code is not ours, so this module runs in the worker processes of answers/workers.py,
+with limits of time and memory. A task is "NAME" or "NAME?option=value&option=value", with the
+options of its reasoning-gym config.
 """
 
 import contextlib

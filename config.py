@@ -97,7 +97,7 @@ class OptimizerConfig:
 class EvalConfig:
     every: int = key(25, above=0)  # RL steps between evaluations; a phase's end is always evaluated
     num_samples: int = key(32, above=0)  # responses per problem: k of avg@k, pass@k (paper)
-    temperature: float = key(1.0, above=0)  # (DAPO; the paper's is not known)
+    temperature: float = key(1.0, at_least=0)  # 0 = greedy (DAPO; the paper's is not known)
     top_p: float = key(1.0, above=0, at_most=1)  # nucleus; 1.0 = off
     top_k: int = key(0, at_least=0)  # 0 = off
 
@@ -139,6 +139,8 @@ class Config:
                     raise UserError(f"{name} = {values[name]!r}: {rule}")
         if self.rl.importance_cap > 0 and not self.rl.recompute_logprobs:
             raise UserError("rl.importance_cap above 0 needs rl.recompute_logprobs = true")
+        if self.eval.temperature == 0 and self.eval.num_samples > 1:
+            raise UserError("eval.temperature = 0 is greedy and needs eval.num_samples = 1")
         if "{problem}" not in self.data.prompt:
             raise UserError(f"data.prompt = {self.data.prompt!r}: must contain {{problem}}")
 

@@ -1,6 +1,6 @@
 """The run directory: what a run writes, what it prints, and where a stopped run continues.
 
-RUN/config.json            the resolved config
+RUN/config.json            the resolved config, and the hashes of data files
 RUN/metrics.jsonl          flat records of RL steps, filters, RFT steps and evaluations
 RUN/evaluations.jsonl      correct answers per held-out problem, one line an evaluation
 RUN/trajectories/*.jsonl   every sampled trajectory, one file an iteration
@@ -18,6 +18,7 @@ shards of a checkpoint's tensors.
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -39,6 +40,7 @@ from config import Config, UserError, config_dict, differing_keys
 from scale import parallel
 
 MAX_CHECKPOINTS = 2
+SHA256 = "_sha256"  # data.train_sha256 and data.eval_sha256 of config.json: hashes of data files
 LINE_FILES = ("metrics.jsonl", "evaluations.jsonl", "trajectories/*.jsonl", "experts/*.jsonl")
 # one process needs no process group
 warnings.filterwarnings("ignore", "torch.distributed is disabled", module="torch.distributed")
@@ -58,6 +60,7 @@ class Progress:
     problems_drawn: int = 0  # position in the endless, seeded stream of problems
     num_trajectories: int = 0  # sampled in training
     seconds: float = 0.0  # wall time of all sessions
+    cut_off: bool = False  # it was said that nearly all responses are cut off
     finished: bool = False
 
 
@@ -95,17 +98,27 @@ class Run:
             raise UserError(f"{config_file}: not valid JSON: {error}") from None
         if "run_dir" not in stored and (stored or self._line_files()):
             raise UserError(f"{self.path} holds files of no run. Choose another --run_dir")
-        keys = differing_keys(stored, config_dict(self.cfg))
+        config = _recorded(self.cfg)
+        keys = differing_keys(stored, config)
+        changed = [key for key in keys if key.endswith(SHA256)]
+        keys = [key for key in keys if key not in changed]
         if checkpoints and keys:
             raise UserError(
                 f"{self.path} holds a run of another config; differing keys: {', '.join(keys)}. "
                 "Choose another --run_dir"
             )
-        with _disk(config_file):
-            write_json(config_file, config_dict(self.cfg))
         if not checkpoints:
+            with _disk(config_file):
+                write_json(config_file, config)
             return Progress(), None, {}
         checkpoint, state = self._last_whole(checkpoints)
+        if changed and not state["progress"]["finished"]:
+            names = [key.removeprefix("data.").removesuffix(SHA256) for key in changed]
+            files = " and ".join(config["data"][name] for name in names)
+            raise UserError(
+                f"{files}: changed since the run in {self.path} began. Restore the file, or "
+                "choose another --run_dir"
+            )
         return Progress(**state["progress"]), checkpoint, state["sizes"]
 
     # ---- what a run writes along the way
@@ -122,6 +135,9 @@ class Run:
         console line, and the progress it made (fields of Progress)."""
         trajectories = [vars(trajectory) for group in trajectories for trajectory in group]
         total = self.progress.num_trajectories + len(trajectories)
+        warning = truncation_warning(record.get("rl/truncated_share", 0.0))
+        if warning and not self.progress.cut_off:  # once a run; an evaluation says it each time
+            line, progress = (line or "") + warning, progress | {"cut_off": True}
         self.progress = dataclasses.replace(self.progress, num_trajectories=total, **progress)
         iteration = self.progress.iteration
         if trajectories:
@@ -240,7 +256,7 @@ class Run:
             kept = f"{self.checkpoint} is whole" if self.checkpoint else "there is none yet"
             if isinstance(error, CheckpointException):
                 error = next(iter(error.failures.values()))[0]
-                if isinstance(error, KeyboardInterrupt):
+                if not isinstance(error, (OSError, SafetensorError)):  # a second Ctrl-C, a fault
                     raise error from None
             raise UserError(
                 f"checkpoint {target} could not be written: {error}; of the earlier ones {kept}"
@@ -326,6 +342,16 @@ class Run:
             os.truncate(file, sizes.get(str(file.relative_to(self.path)), 0))
 
 
+def _recorded(cfg: Config) -> dict:
+    """What config.json holds: the resolved config, and the hash of each data file."""
+    config = config_dict(cfg)
+    for name in ("train", "eval"):
+        if Path(config["data"][name]).is_file():
+            with open(config["data"][name], "rb") as stream:
+                config["data"][name + SHA256] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return config
+
+
 @contextlib.contextmanager
 def _disk(path: Path) -> Iterator[None]:
     """Raise UserError for a full or read-only disk."""
@@ -365,7 +391,7 @@ def step_line(r: dict, iteration: int, num_steps: int) -> str:
         line += f"  clip {r['rl/clip_low_share']:.4f}/{r['rl/clip_high_share']:.4f}"
         line += f"  gap {r['rl/logp_gap_max_nat']:.0e}"
     seconds = r["time/rollout_s"] + r["time/verify_s"] + r["time/update_s"]
-    return f"{line}  {seconds:.2f}s" + truncation_warning(r["rl/truncated_share"])
+    return f"{line}  {seconds:.2f}s"
 
 
 def truncation_warning(truncated_share: float) -> str:

@@ -56,6 +56,11 @@ class Tokenizer:
             raise UserError(f"{path}: no EOS token in {files}")
         self.eos_id, self.stop_ids = ids[0], set(ids)
 
+    def unknown_ids(self, vocab_size: int) -> list[int]:
+        """Ids below vocab_size without a token, stop ids aside: decode would lose them."""
+        known = {*self._tokenizer.get_vocab(with_added_tokens=True).values(), *self.stop_ids}
+        return [i for i in range(vocab_size) if i not in known]
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids; special tokens written in the text are recognised.
 

@@ -60,6 +60,11 @@ def test_integer_for_a_float_is_fine(countdown_toml):
         (["--select.max_success_rate", "0"], "select.max_success_rate = 0.0: must be above 0"),
         (["--eval.top_p", "1.1"], "eval.top_p = 1.1: must be at most 1"),
         (["--sampling.temperature", "0"], "sampling.temperature"),
+        (
+            ["--eval.temperature", "0"],
+            "eval.temperature = 0 is greedy and needs eval.num_samples = 1",
+        ),
+        (["--eval.temperature", "-1"], "eval.temperature = -1.0: must be at least 0"),
         (["--seed", "-1"], "seed = -1"),
         (["--data.prompt", "hello"], "data.prompt = 'hello': must contain {problem}"),
         (["--compute.dtype", "float16"], "must be one of ('float32', 'bfloat16')"),
@@ -70,6 +75,12 @@ def test_bad_override_names_the_key(countdown_toml, overrides, message):
     """Fault: a typo or a wrong value is ignored, or the error does not say where."""
     with pytest.raises(UserError, match=re.escape(message)):
         load_config(countdown_toml, overrides)
+
+
+def test_greedy_evaluation_of_one_sample(countdown_toml):
+    """Fault: temperature 0 is refused in evaluation."""
+    cfg = load_config(countdown_toml, ["--eval.temperature", "0", "--eval.num_samples", "1"])
+    assert cfg.eval.temperature == 0.0
 
 
 def test_bounds_follow_the_other_key(countdown_toml):

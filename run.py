@@ -40,7 +40,6 @@ from config import Config, UserError, config_dict, differing_keys
 from scale import parallel
 
 MAX_CHECKPOINTS = 2
-SHA256 = "_sha256"  # data.train_sha256 and data.eval_sha256 of config.json: hashes of data files
 LINE_FILES = ("metrics.jsonl", "evaluations.jsonl", "trajectories/*.jsonl", "experts/*.jsonl")
 # one process needs no process group
 warnings.filterwarnings("ignore", "torch.distributed is disabled", module="torch.distributed")
@@ -100,25 +99,16 @@ class Run:
             raise UserError(f"{self.path} holds files of no run. Choose another --run_dir")
         config = _recorded(self.cfg)
         keys = differing_keys(stored, config)
-        changed = [key for key in keys if key.endswith(SHA256)]
-        keys = [key for key in keys if key not in changed]
         if checkpoints and keys:
             raise UserError(
-                f"{self.path} holds a run of another config; differing keys: {', '.join(keys)}. "
-                "Choose another --run_dir"
+                f"{self.path} holds a run of another config or of other data files; differing keys: "
+                f"{', '.join(keys)}. Choose another --run_dir"
             )
+        with _disk(config_file):
+            write_json(config_file, config)
         if not checkpoints:
-            with _disk(config_file):
-                write_json(config_file, config)
             return Progress(), None, {}
         checkpoint, state = self._last_whole(checkpoints)
-        if changed and not state["progress"]["finished"]:
-            names = [key.removeprefix("data.").removesuffix(SHA256) for key in changed]
-            files = " and ".join(config["data"][name] for name in names)
-            raise UserError(
-                f"{files}: changed since the run in {self.path} began. Restore the file, or "
-                "choose another --run_dir"
-            )
         return Progress(**state["progress"]), checkpoint, state["sizes"]
 
     # ---- what a run writes along the way
@@ -343,13 +333,10 @@ class Run:
 
 
 def _recorded(cfg: Config) -> dict:
-    """What config.json holds: the resolved config, and the hash of each data file."""
-    config = config_dict(cfg)
-    for name in ("train", "eval"):
-        if Path(config["data"][name]).is_file():
-            with open(config["data"][name], "rb") as stream:
-                config["data"][name + SHA256] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return config
+    """What config.json holds: the resolved config, and the hash of every data file."""
+    files = [name for name in (cfg.data.train, cfg.data.eval) if Path(name).is_file()]
+    hashes = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
+    return config_dict(cfg) | {"sha256": hashes}
 
 
 @contextlib.contextmanager

@@ -36,14 +36,12 @@ def sampled_log_softmax(
     logits_RV: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
 ) -> Tensor:
     """Log-probs [R, V] of the distribution that is sampled from; tokens cut off by top-k, then by
-    top-p, get -inf. top_p 1 and top_k 0 cut nothing off. Temperature 0 is greedy: the (first) most
-    probable token has probability 1, log-prob 0."""
+    top-p, get -inf. top_p 1 and top_k 0 cut nothing off. Temperature 0 is greedy: the first most
+    probable token has probability 1, so log-prob 0."""
     if temperature == 0:
+        logp_RV = torch.full_like(logits_RV, -torch.inf, dtype=torch.float32)
         best_R1 = logits_RV.argmax(dim=-1, keepdim=True)
-        zero_R1 = logits_RV.float().gather(-1, best_R1) * 0  # NaN if it is not finite
-        return torch.full_like(logits_RV, -torch.inf, dtype=torch.float32).scatter(
-            -1, best_R1, zero_R1
-        )
+        return logp_RV.scatter_(-1, best_R1, logits_RV.float().gather(-1, best_R1) * 0)  # or NaN
     logp_RV = torch.log_softmax(logits_RV.float() / temperature, dim=-1)
     if top_k == 0 and top_p >= 1.0:
         return logp_RV
@@ -100,8 +98,7 @@ def sample(
 ) -> list[list[Completion]]:
     """Sample num_samples completions of every prompt; returns them as [prompt][sample].
 
-    Temperature 0 takes the most probable token each time (greedy), with log-prob 0. max_rows
-    bounds the rows decoded at once; the result does not depend on it. first_prompt is the
+    max_rows bounds the rows decoded at once; the result does not depend on it. first_prompt is the
     number of the first prompt where the prompts are one process's share of many: the random
     streams go by these numbers. progress: show a bar on a terminal after five seconds.
     Raises ValueError for an empty prompt, ids outside the vocabulary, or arguments out of range;

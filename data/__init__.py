@@ -1,7 +1,6 @@
 """Problems and demonstrations: what the policy is asked, and which verifier judges the answer."""
 
 import json
-import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -13,7 +12,6 @@ from answers.symbolic import judge
 from answers.workers import ask_worker
 from config import Config, UserError
 from data import countdown, files
-from data.tokenizer import Tokenizer
 
 GYM_GENERATION_S = 600.0
 
@@ -73,16 +71,13 @@ def load_demonstrations(source: str, *, size: int = 0, seed: int = 0) -> list[tu
     return _subset(pairs, size, seed, source)
 
 
-def load_data(
-    cfg: Config, tokenizer: Tokenizer | None = None
-) -> tuple[list[Problem], list[Problem]]:
+def load_data(cfg: Config, tokenizer=None) -> tuple[list[Problem], list[Problem]]:
     """Training problems, drawn by cfg.seed, and held-out problems, the same for every seed.
 
     Raises UserError as load_problems does, for a held-out question among the training questions,
     and for a question that the tokenizer or its chat template does not take.
     """
-    heldout = load_problems(cfg.data.eval, size=cfg.data.eval_size, seed=0)
-    train = []
+    train, heldout = [], load_problems(cfg.data.eval, size=cfg.data.eval_size, seed=0)
     if cfg.method not in ("eval", "sft"):
         train = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed)
     trained = {question_key(problem) for problem in train}
@@ -202,17 +197,16 @@ def _file_problems(source: str) -> list[Problem]:
 
 def _problem(record: dict, where: str) -> Problem:
     if "nums" in record and "target" in record:  # Countdown-Tasks-3to4
-        nums = record["nums"]
+        nums, target = record["nums"], record["target"]
         try:
             nums = json.loads(nums) if isinstance(nums, str) else nums  # as CSV holds a list
             if not (isinstance(nums, list) and nums):
-                raise TypeError
-            values = [files.text_of({"nums": n}, ("nums",), where) for n in nums]
-            target = files.text_of(record, ("target",), where)
-            return _countdown_problem(tuple(map(int, values)), int(target))
-        except (TypeError, ValueError, RecursionError):
-            got = f"nums = {reprlib.repr(nums)}, target = {reprlib.repr(record['target'])}"
-            raise UserError(f"{where}: expected a list of integers and an integer: {got}") from None
+                raise ValueError
+            *numbers, target = [int(files.text_of({"": n}, ("",), where)) for n in [*nums, target]]
+            return _countdown_problem(tuple(numbers), target)
+        except (ValueError, RecursionError):
+            wanted = "a list of integers, and target an integer"
+            raise files.field_error(where, "nums", wanted, (nums, target)) from None
     prompt, context = files.question(record, where)
     answer, tolerance = files.gold_answer(record, where)
     id_ = files.text_of(record | {"place": Path(where).name}, (*files.IDS, "place"), where)

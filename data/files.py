@@ -1,5 +1,6 @@
 """Records of .jsonl, .json, .csv and .parquet files, and the field names of public data sets."""
 
+import contextlib
 import csv
 import json
 import math
@@ -16,12 +17,13 @@ QUESTIONS = ("problem", "question", "prompt", "messages", "Problem", "Question")
 JUDGE = "reward_model.ground_truth"  # verl
 ANSWERS = ("answer", "final_answer", "expected_answer", "ground_truth", JUDGE, "Answer")
 IDS = ("id", "unique_id")
-MAX_DIGITS = 1000  # of an integer in JSON; a longer one stays text, which no gold answer may be
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates: no tokenizer takes them
-# messages as text, also as Python prints them
+# messages, as JSON, Python or numpy print them
 _MESSAGES = re.compile(
-    r"""["(\[\sa-z]{0,20}\{.{0,200}?['"](?:role|content|from|value)\\*['"]\s*:""", re.DOTALL
+    r"""(?s)["(\[\sa-z]{0,20}\{.{0,99}?['"](role|content|from|value)\\*['"]\s*:"""
 )
+# a very long integer stays text, and check_gold refuses it
+_json = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) <= 1000 else n).decode
 
 # DAPO-Math-17k and its AIME-2024 put their prompt template into each question; data.prompt is ours.
 _DAPO = re.compile(
@@ -83,10 +85,6 @@ def _rows(path: str) -> Iterator:
                 yield record
 
 
-def _json(text: str):
-    return json.loads(text, parse_int=lambda n: int(n) if len(n) <= MAX_DIGITS else n)
-
-
 def question(record: dict, where: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     """The question's text, and the (role, content) messages before it in a list of messages."""
     name = next((name for name in QUESTIONS if record.get(name)), None)
@@ -95,29 +93,12 @@ def question(record: dict, where: str) -> tuple[str, tuple[tuple[str, str], ...]
         pairs = [_message(m) for m in (messages if isinstance(messages, list) else [messages])]
         if None in pairs or pairs[-1][0] != "user":
             wanted = "messages of role and content (text, no tool calls), the last one the user's"
-            got = reprlib.repr(messages)
-            raise UserError(f"{where}: field {name!r}: expected {wanted}; got {got}")
+            raise field_error(where, name, wanted, messages)
         *context, (_, text) = [(role, text_of({name: c}, (name,), where)) for role, c in pairs]
     else:
         text = text_of(record, QUESTIONS, where)
     dapo = _DAPO.fullmatch(text)
     return dapo[1] if dapo else text, tuple(context)
-
-
-def structure(value, name: str, where: str):
-    """The list or object that a text field holds as JSON (CSV, some parquet files), else the value.
-    A list of numbers is text. Raises UserError for messages in another notation."""
-    if not isinstance(value, str):
-        return value
-    try:
-        found = _json(value) if value.lstrip()[:1] in ("[", "{") else None
-    except (ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict) or (found and any(isinstance(item, (str, dict)) for item in found)):
-        return found
-    if _MESSAGES.match(value):
-        raise UserError(f"{where}: field {name!r}: expected JSON or text, got {value[:60]!r}")
-    return value
 
 
 def _message(message) -> tuple[str, str] | None:
@@ -130,6 +111,20 @@ def _message(message) -> tuple[str, str] | None:
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     filled = isinstance(role, str) and role and isinstance(content, str) and content.strip()
     return (role, content) if filled else None
+
+
+def structure(value, name: str, where: str):
+    """The list or object that a field holds as JSON text (CSV, some parquet files), else the value.
+    A list of numbers is text. Raises UserError for messages in another notation."""
+    if not isinstance(value, str):
+        return value
+    with contextlib.suppress(ValueError, RecursionError):
+        found = _json(value) if value.lstrip()[:1] in ("[", "{") else []
+        if isinstance(found, dict) or any(isinstance(item, (str, dict)) for item in found):
+            return found
+    if _MESSAGES.match(value):
+        raise field_error(where, name, "JSON or text", value)
+    return value
 
 
 def gold_answer(record: dict, where: str) -> tuple[str, float]:
@@ -158,12 +153,11 @@ def gold_answer(record: dict, where: str) -> tuple[str, float]:
     error = record.get("error")  # OlympiadBench: a number, or one for each of several answers
     try:
         tolerance = min(map(float, str(error).split(","))) if error else 0.0
+        if not 0 <= tolerance < math.inf:
+            raise ValueError
+        return text, tolerance
     except ValueError:
-        tolerance = math.nan
-    if not 0 <= tolerance < math.inf:
-        got = reprlib.repr(error)
-        raise UserError(f"{where}: field 'error': expected a number from 0 on, got {got}")
-    return text, tolerance
+        raise field_error(where, "error", "a number from 0 on", error) from None
 
 
 def text_of(record: dict, names: tuple[str, ...], where: str) -> str:
@@ -174,12 +168,14 @@ def text_of(record: dict, names: tuple[str, ...], where: str) -> str:
         value = record.get(name)
         if type(value) in (int, float) and abs(value) < math.inf:
             value = str(int(value)) if value == int(value) else repr(value)
-        bad = _NO_TEXT.search(value) if isinstance(value, str) else value not in (None, [])
-        if bad:
+        if _NO_TEXT.search(value) if isinstance(value, str) else value not in (None, []):
             wanted = "text without NUL and lone surrogates, or a finite number"
-            got = reprlib.repr(value)
-            raise UserError(f"{where}: field {name!r}: expected {wanted}; got {got}")
+            raise field_error(where, name, wanted, value)
         if isinstance(value, str) and value.strip():
             return value
     wanted, fields = " / ".join(map(repr, names)), ", ".join(map(repr, record)) or "none"
     raise UserError(f"{where}: has no {wanted}; its fields are {fields}")
+
+
+def field_error(where: str, name: str, wanted: str, value) -> UserError:
+    return UserError(f"{where}: field {name!r}: expected {wanted}; got {reprlib.repr(value)}")

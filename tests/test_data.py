@@ -294,7 +294,7 @@ def test_countdown_tasks_file(tmp_path):
     ]
     assert verify(problems[0], "44 + 19 + 35").correct
     file.write_text('{"nums": "many", "target": 98}\n')
-    with pytest.raises(UserError, match="c.jsonl:1: expected a list of integers"):
+    with pytest.raises(UserError, match="c.jsonl:1: field 'nums': expected a list of integers"):
         load_problems(str(file))
 
 

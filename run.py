@@ -101,7 +101,7 @@ class Run:
         keys = differing_keys(stored, config)
         if checkpoints and keys:
             raise UserError(
-                f"{self.path} holds a run of another config or of other data files; differing keys: "
+                f"{self.path} holds a run of another config or other data files; differing keys: "
                 f"{', '.join(keys)}. Choose another --run_dir"
             )
         with _disk(config_file):

@@ -97,7 +97,9 @@ class Run:
             raise UserError(f"{config_file}: not valid JSON: {error}") from None
         if "run_dir" not in stored and (stored or self._line_files()):
             raise UserError(f"{self.path} holds files of no run. Choose another --run_dir")
-        config = _recorded(self.cfg)
+        files = [name for name in (self.cfg.data.train, self.cfg.data.eval) if Path(name).is_file()]
+        hashes = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
+        config = config_dict(self.cfg) | {"sha256": hashes}
         keys = differing_keys(stored, config)
         if checkpoints and keys:
             raise UserError(
@@ -330,13 +332,6 @@ class Run:
         """Truncate the line files to their sizes at the checkpoint."""
         for file in self._line_files():
             os.truncate(file, sizes.get(str(file.relative_to(self.path)), 0))
-
-
-def _recorded(cfg: Config) -> dict:
-    """What config.json holds: the resolved config, and the hash of every data file."""
-    files = [name for name in (cfg.data.train, cfg.data.eval) if Path(name).is_file()]
-    hashes = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
-    return config_dict(cfg) | {"sha256": hashes}
 
 
 @contextlib.contextmanager

@@ -151,13 +151,11 @@ def _gym_problems(source: str, size: int, seed: int) -> list[Problem]:
         raise UserError(str(error)) from None
     if entries is None:
         raise UserError(f"data source {source!r}: took longer than {GYM_GENERATION_S:.0f} s")
-    problems = []
-    for index, text, answer in entries:
-        id_, entry = f"{name}:{seed}:{index}", (seed, index)
-        problems.append(
-            Problem(id=id_, prompt=text, answer=answer, kind="gym", task=task, entry=entry)
-        )
-    return problems
+    gym = {"kind": "gym", "task": task}
+    return [
+        Problem(id=f"{name}:{seed}:{i}", prompt=text, answer=answer, entry=(seed, i), **gym)
+        for i, text, answer in entries
+    ]
 
 
 def _file_problems(source: str) -> list[Problem]:

@@ -89,28 +89,19 @@ def question(record: dict, where: str) -> tuple[str, tuple[tuple[str, str], ...]
     """The question's text, and the (role, content) messages before it in a list of messages."""
     name = next((name for name in QUESTIONS if record.get(name)), None)
     messages, context = structure(record.get(name), name, where), []
-    if isinstance(messages, (list, dict)):
-        pairs = [_message(m) for m in (messages if isinstance(messages, list) else [messages])]
-        if None in pairs or pairs[-1][0] != "user":
-            wanted = "messages of role and content (text, no tool calls), the last one the user's"
+    messages = [messages] if isinstance(messages, dict) else messages
+    if isinstance(messages, list):
+        good = all(isinstance(m, dict) and not m.get("tool_calls") for m in messages)
+        if not good or messages[-1].get("role") != "user":
+            wanted = "messages of role and content, no tool calls, the last one the user's"
             raise field_error(where, name, wanted, messages)
-        *context, (_, text) = [(role, text_of({name: c}, (name,), where)) for role, c in pairs]
+        place = f"{where}: field {name!r}"
+        pairs = [[text_of(m, (key,), place) for key in ("role", "content")] for m in messages]
+        *context, (_, text) = map(tuple, pairs)
     else:
         text = text_of(record, QUESTIONS, where)
     dapo = _DAPO.fullmatch(text)
     return dapo[1] if dapo else text, tuple(context)
-
-
-def _message(message) -> tuple[str, str] | None:
-    """Role and content of a message, the texts of its parts joined; None if it is none of text."""
-    if not isinstance(message, dict) or message.get("tool_calls"):
-        return None
-    role, content = message.get("role"), message.get("content")
-    if isinstance(content, list):
-        texts = [isinstance(p, dict) and p.get("type") == "text" and p.get("text") for p in content]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-    filled = isinstance(role, str) and role and isinstance(content, str) and content.strip()
-    return (role, content) if filled else None
 
 
 def structure(value, name: str, where: str):
@@ -161,11 +152,14 @@ def gold_answer(record: dict, where: str) -> tuple[str, float]:
 
 
 def text_of(record: dict, names: tuple[str, ...], where: str) -> str:
-    """The first filled one of the named fields; a number becomes its shortest text (27.0: 27).
-
-    Raises UserError for what no tokenizer takes, and for a number that is not finite."""
+    """The first filled one of the named fields; a number becomes its shortest text (27.0: 27), and
+    the parts of a message are joined. Raises UserError for what no tokenizer takes, and for a
+    number that is not finite."""
     for name in names:
         value = record.get(name)
+        if isinstance(value, list) and all(isinstance(p, dict) for p in value):
+            texts = [part.get("type") == "text" and part.get("text") for part in value]
+            value = "".join(texts) if all(isinstance(text, str) for text in texts) else value
         if type(value) in (int, float) and abs(value) < math.inf:
             value = str(int(value)) if value == int(value) else repr(value)
         if _NO_TEXT.search(value) if isinstance(value, str) else value not in (None, []):

@@ -376,6 +376,14 @@ def test_stop_while_a_checkpoint_is_written_is_a_stop(config, monkeypatch, capsy
     assert outcome(cfg) == whole
 
 
+def test_fault_in_saving_is_no_full_disk(config):
+    """Fault: a mistake of the program is shown as an error of the user, without its traceback."""
+    run = Run(config())
+    policy = rloop.load_policy(run.cfg)
+    with pytest.raises(RuntimeError, match="share memory"):
+        run.save(policy, None, policy.state_dict())
+
+
 def test_data_file_that_changed_is_named(config, tmp_path):
     """Fault: a run continues on other data than it began with, in silence."""
     games = rloop.load_data(config())

@@ -7,9 +7,11 @@ and its public recipe, ours = chosen by this project. Imports no torch.
 
 import argparse
 import difflib
+import json
 import operator
+import os
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 LIMITS = {
@@ -23,6 +25,21 @@ LIMITS = {
 
 class UserError(ValueError):
     """An error for the user to correct (config, data, model, disk), shown without a traceback."""
+
+
+def read_json(file: Path) -> dict:
+    """The object in a file; {} if there is none. Raises UserError for what is not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+
+
+def write_json(file: Path, value) -> None:
+    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def key(default, **limits):
@@ -191,11 +208,6 @@ def config_from_command_line(arguments: list[str]) -> tuple[Config, dict[str, fl
         if not known.plan and value != parser.get_default(name):
             raise UserError(f"{flag}: goes with --plan; torchrun sets the number of processes")
     return load_config(known.config, overrides), machine if known.plan else None
-
-
-def config_dict(config: Config) -> dict:
-    """The resolved config as nested plain dictionaries, as config.json stores it."""
-    return asdict(config)
 
 
 def differing_keys(a: dict, b: dict) -> list[str]:

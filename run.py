@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 import hf
-from config import Config, UserError, config_dict, differing_keys
+from config import Config, UserError, differing_keys, read_json, write_json
 from scale import parallel
 
 MAX_CHECKPOINTS = 2
@@ -91,15 +91,12 @@ class Run:
                 f"{self.path}: another process runs in this directory. Choose another --run_dir"
             ) from None
         config_file, checkpoints = self.path / "config.json", self._checkpoints()
-        try:
-            stored = json.loads(config_file.read_text("utf-8")) if config_file.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{config_file}: not valid JSON: {error}") from None
+        stored = read_json(config_file)
         if "run_dir" not in stored and (stored or self._line_files()):
             raise UserError(f"{self.path} holds files of no run. Choose another --run_dir")
         files = [name for name in (self.cfg.data.train, self.cfg.data.eval) if Path(name).is_file()]
         hashes = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
-        config = config_dict(self.cfg) | {"sha256": hashes}
+        config = dataclasses.asdict(self.cfg) | {"sha256": hashes}
         keys = differing_keys(stored, config)
         if checkpoints and keys:
             raise UserError(
@@ -351,13 +348,6 @@ def _check_size(file: Path, expected: int, at_least: bool = False) -> None:
 
 def _named(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{part}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def write_json(path: Path, value) -> None:
-    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 # ---- console

@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
@@ -11,7 +12,6 @@ from config import (
     KEYS,
     Config,
     UserError,
-    config_dict,
     config_from_command_line,
     differing_keys,
     load_config,
@@ -26,7 +26,7 @@ def test_overrides_are_typed(countdown_toml):
     cfg = load_config(countdown_toml, overrides.split())
     assert (cfg.rl.lr, cfg.method, cfg.seed) == (1e-6, "rl", 7)
     assert (cfg.rl.normalize_std, cfg.run_dir) == (False, "123")
-    changed = differing_keys(config_dict(load_config(countdown_toml)), config_dict(cfg))
+    changed = differing_keys(asdict(load_config(countdown_toml)), asdict(cfg))
     assert changed == ["method", "seed", "run_dir", "rl.lr", "rl.normalize_std"]
 
 
@@ -153,19 +153,19 @@ def test_every_config_file_loads(name):
     """Fault: a committed config no longer fits the code, one of its values is lost, a resolved
     config is not what config.json gives back, or a config repeats defaults, so that nobody sees
     what is special about its run."""
-    cfg = config_dict(load_config(ROOT / "configs" / name))
+    cfg = asdict(load_config(ROOT / "configs" / name))
     assert cfg == json.loads(json.dumps(cfg))
     with (ROOT / "configs" / name).open("rb") as file:
         stated = tomllib.load(file)
     stated_keys = set(differing_keys(stated, {}))
     assert stated_keys & set(differing_keys(stated, cfg)) <= {"run_dir"}  # its placeholders
     if name != "countdown.toml":
-        assert stated_keys == set(differing_keys(config_dict(Config()), cfg))
+        assert stated_keys == set(differing_keys(asdict(Config()), cfg))
 
 
 def test_defaults_are_the_laptop_run(countdown_toml):
     """Fault: the README's numbers are of other values than the defaults."""
-    differing = differing_keys(config_dict(Config()), config_dict(load_config(countdown_toml)))
+    differing = differing_keys(asdict(Config()), asdict(load_config(countdown_toml)))
     assert differing == ["run_dir"]
 
 

@@ -179,7 +179,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"config file {path}: {error}") from None
-    values = {name: _checked(name, v, path) for name, v in _flat(tree).items()}
+    values = {name: _checked(name, v, path) for name, v in flat(tree).items()}
     values |= {name: _checked(name, v, "command line") for name, v in _overrides(overrides).items()}
     parts = {section: {} for section in ("", *SECTIONS)}
     for name, value in values.items():
@@ -212,16 +212,16 @@ def config_from_command_line(arguments: list[str]) -> tuple[Config, dict[str, fl
 
 def differing_keys(a: dict, b: dict) -> list[str]:
     """Dotted names of the keys at which two nested dictionaries differ."""
-    a, b = _flat(a), _flat(b)
+    a, b = flat(a), flat(b)
     return [name for name in a | b if a.get(name) != b.get(name)]
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def flat(tree: dict, prefix: str = "") -> dict:
     """Dotted name -> value of every leaf of nested dictionaries."""
-    flat = {}
+    leaves = {}
     for k, v in tree.items():
-        flat |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-    return flat
+        leaves |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return leaves
 
 
 def _overrides(arguments: list[str]) -> dict:

@@ -261,15 +261,16 @@ class Run:
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Fill the optimizer with the state in the last checkpoint."""
         parameters, state = optimizer.param_groups[0]["params"], {}
-        for name in self._stored("optimizer"):
-            index, key = name.split(".")
-            like = torch.zeros(()) if key == "step" else parameters[int(index)]
-            state[name] = torch.empty_like(like, requires_grad=False)
-        self._load("optimizer", state)
         by_parameter: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in state.items():
-            index, key = name.split(".")
-            by_parameter.setdefault(int(index), {})[key] = tensor
+        reader = dcp.HuggingFaceStorageReader(self.checkpoint)
+        for name in reader.read_metadata().state_dict_metadata:
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                like = torch.zeros(()) if key == "step" else parameters[int(index)]
+                tensor = torch.empty_like(like, requires_grad=False)
+                state[f"{index}.{key}"] = tensor
+                by_parameter.setdefault(int(index), {})[key] = tensor
+        self._load("optimizer", state)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
 
@@ -282,14 +283,8 @@ class Run:
             self._load("theta_i", state)
         return state
 
-    def _stored(self, part: str) -> list[str]:
-        """Names of the checkpoint's tensors of "policy", "theta_i" or "optimizer"."""
-        reader = dcp.HuggingFaceStorageReader(self.checkpoint)
-        names = reader.read_metadata().state_dict_metadata
-        return [name.removeprefix(f"{part}.") for name in names if name.startswith(f"{part}.")]
-
     def _load(self, part: str, state: dict[str, Tensor]) -> None:
-        """Fill the tensors with the checkpoint's."""
+        """Fill the tensors with the checkpoint's of "policy", "theta_i" or "optimizer"."""
         reader = dcp.HuggingFaceStorageReader(self.checkpoint)
         dcp.load(_named(part, state), storage_reader=reader)
 
@@ -300,10 +295,11 @@ class Run:
         for checkpoint in reversed(checkpoints):
             try:
                 state = json.loads((checkpoint / "state.json").read_text("utf-8"))
-                for name, size in state["files"].items():
-                    _check_size(checkpoint / name, size)
-                for name, size in state["sizes"].items():
-                    _check_size(self.path / name, size, at_least=True)
+                sizes = {checkpoint / name: size for name, size in state["files"].items()}
+                sizes |= {self.path / name: size for name, size in state["sizes"].items()}
+                for file, size in sizes.items():
+                    if (found := file.stat().st_size) < size:
+                        raise ValueError(f"{file} has {found} bytes, expected {size}")
             except (OSError, ValueError, KeyError, TypeError) as error:
                 problems[checkpoint] = f"{type(error).__name__}: {error}"
                 continue
@@ -338,12 +334,6 @@ def _disk(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # safetensors hides the first in the second
         raise UserError(f"{path}: cannot be written: {error}") from error
-
-
-def _check_size(file: Path, expected: int, at_least: bool = False) -> None:
-    size = file.stat().st_size
-    if size < expected or (size > expected and not at_least):
-        raise ValueError(f"{file} has {size} bytes, expected {expected}")
 
 
 def _named(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -293,16 +293,11 @@ class Transformer(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        dtype: torch.dtype | None = torch.float32,
-        device: str | torch.device = "cpu",
-    ) -> "Transformer":
-        """Load a Hugging Face directory; see hf.load_model."""
+    def from_pretrained(cls, path: str | Path, **options) -> "Transformer":
+        """Load a Hugging Face directory; see hf.load_model for the options."""
         import hf  # which imports this file
 
-        return hf.load_model(path, dtype, device)
+        return hf.load_model(path, **options)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a directory that transformers and vLLM load as it is; see hf.save_model."""

@@ -87,9 +87,7 @@ class Run:
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released with the process
         except BlockingIOError:
-            raise UserError(
-                f"{self.path}: another process runs in this directory. Choose another --run_dir"
-            ) from None
+            raise UserError(f"{self.path}: another process runs in this directory") from None
         config_file, checkpoints = self.path / "config.json", self._checkpoints()
         stored = read_json(config_file)
         if "run_dir" not in stored and (stored or self._line_files()):
@@ -310,10 +308,7 @@ class Run:
                 os.replace(broken, aside)
             return checkpoint, state
         listed = "; ".join(f"{broken}: {problem}" for broken, problem in problems.items())
-        raise UserError(
-            f"{self.path}: no checkpoint is whole ({listed}). Nothing was changed; "
-            "to start again choose another --run_dir"
-        )
+        raise UserError(f"{self.path}: no checkpoint is whole ({listed}); nothing was changed")
 
     def _checkpoints(self) -> list[Path]:
         return sorted(p for p in (self.path / "checkpoints").glob("*") if p.name.isdigit())

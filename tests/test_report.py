@@ -30,6 +30,7 @@ def rl_step(n, reward, *, iteration=0, updated=True):
         record |= {
             "rl/entropy_mean_nat": 0.4 + iteration / 10,
             "rl/grad_norm": 1 + n / (1 + iteration),
+            "rl/len_mean_tok": 10 + 2 * iteration,
         }
     return record
 

@@ -61,10 +61,7 @@ def load_model(
         raise UserError(f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}")
     tied_head = state.pop(HEAD) if HEAD in state and HEAD not in parameters else None
     if tied_head is not None and not torch.equal(tied_head, state[EMBEDDING]):
-        raise UserError(
-            f"{path}: {HEAD!r} differs from {EMBEDDING!r}, but config.json says "
-            "tie_word_embeddings = true"
-        )
+        raise UserError(f"{path}: {HEAD!r} differs from {EMBEDDING!r}, but the two are tied")
     model.load_state_dict(state, assign=True)
     model.source = path
     return model.requires_grad_(True)
@@ -185,10 +182,7 @@ def _weight_files(path: Path) -> list[Path]:
     file = path / "model.safetensors"
     unsafe = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
     if unsafe and not file.exists():
-        raise UserError(
-            f"{unsafe[0]}: a pickle can run a stranger's code and is not loaded; "
-            "convert the checkpoint to safetensors"
-        )
+        raise UserError(f"{unsafe[0]}: a pickle is not loaded; convert it to safetensors")
     return [file]
 
 

@@ -92,7 +92,7 @@ def load_run(path: Path) -> Run:
         config = flat(json.loads((path / "config.json").read_bytes()))
         pure_rft = config["method"] == "rloop" and config["rl.lr"] == 0
         method = "pure RFT" if pure_rft else METHODS[config["method"]]
-        config["eval.num_samples"]
+        config["eval.num_samples"]  # every run has it
     except (ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{path / 'config.json'}: not a run's config: {error!r}") from None
     records = read_records(path / "metrics.jsonl")

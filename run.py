@@ -74,13 +74,12 @@ class Run:
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.path = Path(cfg.run_dir)
-        self.progress, self.checkpoint, sizes = parallel.on_main(self._open)
-        parallel.on_main(lambda: self._cut_lines(sizes))
+        self.progress, self.checkpoint = parallel.on_main(self._open)
         self._start = time.perf_counter() - self.progress.seconds
 
-    def _open(self) -> tuple[Progress, Path | None, dict[str, int]]:
-        """Lock the directory and compare its config with ours. Returns the progress, the last
-        checkpoint and the sizes of the line files then."""
+    def _open(self) -> tuple[Progress, Path | None]:
+        """Lock the directory, compare its config with ours, and truncate the line files to their
+        sizes at the last checkpoint. Returns the progress and that checkpoint."""
         with _disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("a")
@@ -103,10 +102,13 @@ class Run:
             )
         with _disk(config_file):
             write_json(config_file, config)
-        if not checkpoints:
-            return Progress(), None, {}
-        checkpoint, state = self._last_whole(checkpoints)
-        return Progress(**state["progress"]), checkpoint, state["sizes"]
+        progress, checkpoint, sizes = Progress(), None, {}
+        if checkpoints:
+            checkpoint, state = self._last_whole(checkpoints)
+            progress, sizes = Progress(**state["progress"]), state["sizes"]
+        for file in self._line_files():
+            os.truncate(file, sizes.get(str(file.relative_to(self.path)), 0))
+        return progress, checkpoint
 
     # ---- what a run writes along the way
 
@@ -315,11 +317,6 @@ class Run:
 
     def _line_files(self) -> list[Path]:
         return sorted(file for pattern in LINE_FILES for file in self.path.glob(pattern))
-
-    def _cut_lines(self, sizes: dict[str, int]) -> None:
-        """Truncate the line files to their sizes at the checkpoint."""
-        for file in self._line_files():
-            os.truncate(file, sizes.get(str(file.relative_to(self.path)), 0))
 
 
 @contextlib.contextmanager

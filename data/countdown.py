@@ -116,12 +116,10 @@ def generate_demonstrations(
     demos = [next(source) for _ in range(size)]
     rng = np.random.default_rng((seed, 1))
     wrong = np.flatnonzero(rng.random(size) < wrong_target_share)
-    targets = [target for _, target, _ in demos]
+    swapped = list(demos)
     for i, j in zip(wrong, rng.permutation(wrong), strict=True):
-        targets[i] = demos[j][1]
-    return [
-        (numbers, target, steps) for (numbers, _, steps), target in zip(demos, targets, strict=True)
-    ]
+        swapped[i] = (demos[i][0], demos[j][1], demos[i][2])
+    return swapped
 
 
 def build_tokenizer() -> Tokenizer:

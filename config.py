@@ -7,9 +7,11 @@ and its public recipe, ours = chosen by this project. Imports no torch.
 
 import argparse
 import difflib
+import json
 import operator
+import os
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 LIMITS = {
@@ -23,6 +25,21 @@ LIMITS = {
 
 class UserError(ValueError):
     """An error for the user to correct (config, data, model, disk), shown without a traceback."""
+
+
+def read_json(file: Path) -> dict:
+    """The object in a file; {} if there is none. Raises UserError for what is not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+
+
+def write_json(file: Path, value) -> None:
+    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def key(default, **limits):
@@ -97,7 +114,7 @@ class OptimizerConfig:
 class EvalConfig:
     every: int = key(25, above=0)  # RL steps between evaluations; a phase's end is always evaluated
     num_samples: int = key(32, above=0)  # responses per problem: k of avg@k, pass@k (paper)
-    temperature: float = key(1.0, above=0)  # (DAPO; the paper's is not known)
+    temperature: float = key(1.0, at_least=0)  # 0 = greedy (DAPO; the paper's is not known)
     top_p: float = key(1.0, above=0, at_most=1)  # nucleus; 1.0 = off
     top_k: int = key(0, at_least=0)  # 0 = off
 
@@ -139,6 +156,8 @@ class Config:
                     raise UserError(f"{name} = {values[name]!r}: {rule}")
         if self.rl.importance_cap > 0 and not self.rl.recompute_logprobs:
             raise UserError("rl.importance_cap above 0 needs rl.recompute_logprobs = true")
+        if self.eval.temperature == 0 and self.eval.num_samples > 1:
+            raise UserError("eval.temperature = 0 is greedy and needs eval.num_samples = 1")
         if "{problem}" not in self.data.prompt:
             raise UserError(f"data.prompt = {self.data.prompt!r}: must contain {{problem}}")
 
@@ -160,7 +179,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"config file {path}: {error}") from None
-    values = {name: _checked(name, v, path) for name, v in _flat(tree).items()}
+    values = {name: _checked(name, v, path) for name, v in flat(tree).items()}
     values |= {name: _checked(name, v, "command line") for name, v in _overrides(overrides).items()}
     parts = {section: {} for section in ("", *SECTIONS)}
     for name, value in values.items():
@@ -191,23 +210,18 @@ def config_from_command_line(arguments: list[str]) -> tuple[Config, dict[str, fl
     return load_config(known.config, overrides), machine if known.plan else None
 
 
-def config_dict(config: Config) -> dict:
-    """The resolved config as nested plain dictionaries, as config.json stores it."""
-    return asdict(config)
-
-
 def differing_keys(a: dict, b: dict) -> list[str]:
     """Dotted names of the keys at which two nested dictionaries differ."""
-    a, b = _flat(a), _flat(b)
+    a, b = flat(a), flat(b)
     return [name for name in a | b if a.get(name) != b.get(name)]
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def flat(tree: dict, prefix: str = "") -> dict:
     """Dotted name -> value of every leaf of nested dictionaries."""
-    flat = {}
+    leaves = {}
     for k, v in tree.items():
-        flat |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-    return flat
+        leaves |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return leaves
 
 
 def _overrides(arguments: list[str]) -> dict:

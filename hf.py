@@ -3,7 +3,6 @@
 Only safetensors and JSON are read: a pickle can run a stranger's code.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import UserError
+from config import UserError, read_json, write_json
 from model import Transformer, TransformerConfig
 
 ARCHITECTURES = {
@@ -21,10 +20,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-LLAMA3_ROPE = (
-    *("factor", "low_freq_factor", "high_freq_factor"),
-    "original_max_position_embeddings",
-)
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 COPIED_FILES = (  # besides config and weights, what transformers and vLLM read
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -65,10 +61,7 @@ def load_model(
         raise UserError(f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}")
     tied_head = state.pop(HEAD) if HEAD in state and HEAD not in parameters else None
     if tied_head is not None and not torch.equal(tied_head, state[EMBEDDING]):
-        raise UserError(
-            f"{path}: {HEAD!r} differs from {EMBEDDING!r}, but config.json says "
-            "tie_word_embeddings = true"
-        )
+        raise UserError(f"{path}: {HEAD!r} differs from {EMBEDDING!r}, but the two are tied")
     model.load_state_dict(state, assign=True)
     model.source = path
     return model.requires_grad_(True)
@@ -106,7 +99,7 @@ def save_model(
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     # transformers 4 wrote torch_dtype, 5 writes dtype
     keys = {"dtype", "torch_dtype"} & hf_config.keys() or {"dtype"}
-    _write_json(path / "config.json.tmp", hf_config | dict.fromkeys(keys, dtype))
+    write_json(path / "config.json.tmp", hf_config | dict.fromkeys(keys, dtype))
     for name in [*written, "config.json"]:
         # safetensors writes files that only their owner may read
         shutil.copymode(path / "config.json.tmp", path / f"{name}.tmp")
@@ -121,7 +114,7 @@ def read_config(path: Path) -> TransformerConfig:
     file = path / "config.json"
     if not file.exists():
         raise UserError(f"{file}: not found; expected a Hugging Face model directory")
-    hf = _read_json(file)
+    hf = read_json(file)
     name = (hf.get("architectures") or ["?"])[0]
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -182,17 +175,14 @@ def _check_tensor(name: str, tensor: Tensor, shapes: dict[str, torch.Size], file
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not weight_map:
             raise UserError(f"{index}: has no 'weight_map'")
         return [path / name for name in sorted(set(weight_map.values()))]
     file = path / "model.safetensors"
     unsafe = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
     if unsafe and not file.exists():
-        raise UserError(
-            f"{unsafe[0]}: a pickle can run a stranger's code and is not loaded; "
-            "convert the checkpoint to safetensors"
-        )
+        raise UserError(f"{unsafe[0]}: a pickle is not loaded; convert it to safetensors")
     return [file]
 
 
@@ -228,16 +218,5 @@ def _write_weights(path: Path, state: dict[str, Tensor], max_bytes: int) -> list
         total_size = sum(tensor.nbytes for tensor in state.values())
         written.append("model.safetensors.index.json")
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        _write_json(path / f"{written[-1]}.tmp", index)
+        write_json(path / f"{written[-1]}.tmp", index)
     return written
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None
-
-
-def _write_json(file: Path, value: dict) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

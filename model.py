@@ -234,6 +234,7 @@ class Transformer(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compute_dtype: torch.dtype | None = None  # of the activations; None = the weights'
         self.source: Path | None = None  # the directory it came from, for save_pretrained
+        self.unknown_ids: Tensor | None = None  # ids without a token, which a run never samples
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Full causal forward of right-padded ids. No mask is needed: padding is to the right."""
@@ -253,10 +254,15 @@ class Transformer(nn.Module):
         return self.model.norm(x_TD)
 
     def logits(self, x_D: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., D], in float32."""
+        """Logits [..., V] of hidden states [..., D], in float32. Those of unknown_ids are so low
+        that their probability is 0, in sampling as in training."""
         if self.lm_head is not None:
-            return self.lm_head(x_D).float()
-        return F.linear(x_D, self.head_weight.to(x_D.dtype)).float()
+            logits_V = self.lm_head(x_D).float()
+        else:
+            logits_V = F.linear(x_D, self.head_weight.to(x_D.dtype)).float()
+        if self.unknown_ids is not None:  # detached: the gradient at probability 0 is 0 anyway
+            logits_V.detach().index_fill_(-1, self.unknown_ids, torch.finfo(torch.float32).min)
+        return logits_V
 
     @property
     def head_weight(self) -> Tensor:
@@ -287,16 +293,11 @@ class Transformer(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        dtype: torch.dtype | None = torch.float32,
-        device: str | torch.device = "cpu",
-    ) -> "Transformer":
-        """Load a Hugging Face directory; see hf.load_model."""
+    def from_pretrained(cls, path: str | Path, **options) -> "Transformer":
+        """Load a Hugging Face directory; see hf.load_model for the options."""
         import hf  # which imports this file
 
-        return hf.load_model(path, dtype, device)
+        return hf.load_model(path, **options)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a directory that transformers and vLLM load as it is; see hf.save_model."""

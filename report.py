@@ -22,17 +22,13 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from config import UserError
+from config import UserError, flat
 
 METHODS = {"rloop": "RLoop", "rl": "plain RL", "sft": "SFT", "eval": "evaluation"}
 FINAL_POLICY = {"rloop": "rft", "rl": "rl", "sft": "rft", "eval": "base"}
 # keys that do not make two runs different settings; keys in which compared runs must agree
 NEUTRAL_KEY = re.compile(r"seed|run_dir|(rft\.)?save_every|eval\.every|compute\.(?!dtype).*")
 SHARED_KEY = re.compile(r"data\.eval.*|eval\.(?!every).*")
-RECORD_KEYS = {
-    "rl": "iteration rl_steps rl/reward_mean",
-    "eval": "policy iteration rl_steps eval/num_samples eval/avg@{K} eval/pass@{K}",
-}
 PLOT = "learning_curves.png"
 PANELS = {
     "rl/reward_mean": "training reward",
@@ -40,7 +36,7 @@ PANELS = {
     "pass": "held-out pass@{K} (diamonds: after RFT)",
     "rl/grad_norm": "gradient norm",
     "rl/entropy_mean_nat": "entropy (nat a token)",
-    "pass@k": "held-out pass@k at the end (gray: base)",
+    "rl/len_mean_tok": "response length (tokens)",
 }
 
 
@@ -93,20 +89,17 @@ def load_run(path: Path) -> Run:
         if not (path / name).is_file():
             raise UserError(f"{path}: has no {name}; expected the directory of a run")
     try:
-        tree = json.loads((path / "config.json").read_bytes())
-        config = {key: value for key, value in tree.items() if not isinstance(value, dict)}
-        for key in tree.keys() - config.keys():
-            config |= {f"{key}.{name}": value for name, value in tree[key].items()}
+        config = flat(json.loads((path / "config.json").read_bytes()))
         pure_rft = config["method"] == "rloop" and config["rl.lr"] == 0
         method = "pure RFT" if pure_rft else METHODS[config["method"]]
-        K = config["eval.num_samples"]
+        config["eval.num_samples"]  # every run has it
     except (ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{path / 'config.json'}: not a run's config: {error!r}") from None
-    records = read_records(path / "metrics.jsonl", K)
+    records = read_records(path / "metrics.jsonl")
     return Run(path=path, config=config, method=method, records=records)
 
 
-def read_records(file: Path, K: int) -> dict[str, list[dict]]:
+def read_records(file: Path) -> dict[str, list[dict]]:
     """Phase -> records. Half a last line, written by a killed run, is reported and left out."""
     records = {phase: [] for phase in ("rl", "filter", "rft", "eval")}
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
@@ -115,12 +108,9 @@ def read_records(file: Path, K: int) -> dict[str, list[dict]]:
             break
         try:
             record = json.loads(line)
-            expected = set(RECORD_KEYS.get(record["phase"], "").format(K=K).split())
+            records.setdefault(record["phase"], []).append(record)
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file}:{number}: not a record: {error!r}") from None
-        if missing := expected - record.keys():
-            raise UserError(f"{file}:{number}: a record without {', '.join(sorted(missing))}")
-        records.setdefault(record["phase"], []).append(record)
     return records
 
 
@@ -256,38 +246,23 @@ def draw_evals(ax, runs: list[Run], measure: str, color: str) -> None:
     ax.plot(after_rft.keys(), after_rft.values(), "D", color=color)
 
 
-def draw_pass_at_k(ax, evals: list[dict], color: str) -> None:
-    """Held-out pass@k over the number of samples k."""
-    ks = sorted(int(key[10:]) for key in evals[0] if re.fullmatch(r"eval/pass@\d+", key))
-    curves = [{(k,): e[f"eval/pass@{k}"] for k in ks} for e in evals]
-    draw_mean(ax, curves, color, marker="o", markersize=4)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(ks, [str(k) for k in ks])
-    ax.set_xlabel("samples k")
-
-
 def write_plot(groups: dict[str, list[Run]], file: Path) -> None:
     """One picture of six panels, a colour for each group."""
     from matplotlib.figure import Figure
 
     runs = [run for same in groups.values() for run in same]
     window = max(len(run.records["rl"]) for run in runs) // 30 // 2 * 2 + 1
-    colors = {"base": "gray"} | {label: f"C{n % 10}" for n, label in enumerate(groups)}
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     axes = dict(zip(PANELS, figure.subplots(2, 3).flat, strict=True))
     for key, ax in axes.items():
         ax.set_title(PANELS[key].format(K=runs[0].config["eval.num_samples"]))
         ax.set_xlabel(f"RL steps (moving mean of {window})" if "rl/" in key else "RL steps")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        for label, same in groups.items():
+        for n, same in enumerate(groups.values()):
             if "rl/" in key:
-                draw_steps(ax, same, key, colors[label], window)
-            elif key != "pass@k":
-                draw_evals(ax, same, key, colors[label])
-    for name, evals in final_evals(groups).items():
-        if name in colors:
-            draw_pass_at_k(axes["pass@k"], evals, colors[name])
-    for ax in axes.values():
+                draw_steps(ax, same, key, f"C{n % 10}", window)
+            else:
+                draw_evals(ax, same, key, f"C{n % 10}")
         ax.axhline(0, alpha=0)  # the margin above the data is one of the whole range
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.4)

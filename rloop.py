@@ -98,9 +98,8 @@ def explore(run, policy, tokenizer, problems, heldout, num_steps, theta_i) -> No
         return  # the run was stopped in RFT: this phase is over
     cfg = run.cfg
     optimizer = new_optimizer(run, policy, resume=run.progress.step > 0)
-    reference = None
-    if cfg.rl.kl_coef > 0:
-        reference = load_policy(cfg)
+    reference = load_policy(cfg) if cfg.rl.kl_coef > 0 else None
+    if reference is not None:
         reference.load_state_dict(theta_i)
     if run.evaluation_pending(num_steps):  # the run was stopped before this evaluation
         evaluate(run, policy, tokenizer, heldout, "rl")
@@ -599,6 +598,8 @@ def load_policy(cfg: Config) -> Transformer:
         policy = hf.random_model(cfg.model.path, cfg.seed)
     else:
         policy = Transformer.from_pretrained(cfg.model.path, dtype=None)
+    unknown_ids = Tokenizer(cfg.model.path).unknown_ids(policy.config.vocab_size)
+    policy.unknown_ids = torch.tensor(unknown_ids, dtype=torch.long, device=parallel.device())
     return parallel.prepare(policy, cfg.compute)
 
 
@@ -610,8 +611,8 @@ def run_method(cfg: Config) -> None:
     if run.progress.finished:
         print(f"{run.path} is finished; this is its result. Another run needs another --run_dir")
         return
-    problems, heldout = load_data(cfg)
     tokenizer = Tokenizer(cfg.model.path, chat=cfg.data.chat_template)
+    problems, heldout = load_data(cfg, tokenizer)
     policy = load_policy(cfg)
     if run.checkpoint is None:
         evaluate(run, policy, tokenizer, heldout, "base")

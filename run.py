@@ -1,6 +1,6 @@
 """The run directory: what a run writes, what it prints, and where a stopped run continues.
 
-RUN/config.json            the resolved config
+RUN/config.json            the resolved config, and the hashes of data files
 RUN/metrics.jsonl          flat records of RL steps, filters, RFT steps and evaluations
 RUN/evaluations.jsonl      correct answers per held-out problem, one line an evaluation
 RUN/trajectories/*.jsonl   every sampled trajectory, one file an iteration
@@ -18,6 +18,7 @@ shards of a checkpoint's tensors.
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 import hf
-from config import Config, UserError, config_dict, differing_keys
+from config import Config, UserError, differing_keys, read_json, write_json
 from scale import parallel
 
 MAX_CHECKPOINTS = 2
@@ -58,6 +59,7 @@ class Progress:
     problems_drawn: int = 0  # position in the endless, seeded stream of problems
     num_trajectories: int = 0  # sampled in training
     seconds: float = 0.0  # wall time of all sessions
+    cut_off: bool = False  # it was said that nearly all responses are cut off
     finished: bool = False
 
 
@@ -72,41 +74,41 @@ class Run:
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.path = Path(cfg.run_dir)
-        self.progress, self.checkpoint, sizes = parallel.on_main(self._open)
-        parallel.on_main(lambda: self._cut_lines(sizes))
+        self.progress, self.checkpoint = parallel.on_main(self._open)
         self._start = time.perf_counter() - self.progress.seconds
 
-    def _open(self) -> tuple[Progress, Path | None, dict[str, int]]:
-        """Lock the directory and compare its config with ours. Returns the progress, the last
-        checkpoint and the sizes of the line files then."""
+    def _open(self) -> tuple[Progress, Path | None]:
+        """Lock the directory, compare its config with ours, and truncate the line files to their
+        sizes at the last checkpoint. Returns the progress and that checkpoint."""
         with _disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("a")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released with the process
         except BlockingIOError:
-            raise UserError(
-                f"{self.path}: another process runs in this directory. Choose another --run_dir"
-            ) from None
+            raise UserError(f"{self.path}: another process runs in this directory") from None
         config_file, checkpoints = self.path / "config.json", self._checkpoints()
-        try:
-            stored = json.loads(config_file.read_text("utf-8")) if config_file.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{config_file}: not valid JSON: {error}") from None
+        stored = read_json(config_file)
         if "run_dir" not in stored and (stored or self._line_files()):
             raise UserError(f"{self.path} holds files of no run. Choose another --run_dir")
-        keys = differing_keys(stored, config_dict(self.cfg))
+        files = [name for name in (self.cfg.data.train, self.cfg.data.eval) if Path(name).is_file()]
+        hashes = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
+        config = dataclasses.asdict(self.cfg) | {"sha256": hashes}
+        keys = differing_keys(stored, config)
         if checkpoints and keys:
             raise UserError(
-                f"{self.path} holds a run of another config; differing keys: {', '.join(keys)}. "
-                "Choose another --run_dir"
+                f"{self.path} holds a run of another config or other data files; differing keys: "
+                f"{', '.join(keys)}. Choose another --run_dir"
             )
         with _disk(config_file):
-            write_json(config_file, config_dict(self.cfg))
-        if not checkpoints:
-            return Progress(), None, {}
-        checkpoint, state = self._last_whole(checkpoints)
-        return Progress(**state["progress"]), checkpoint, state["sizes"]
+            write_json(config_file, config)
+        progress, checkpoint, sizes = Progress(), None, {}
+        if checkpoints:
+            checkpoint, state = self._last_whole(checkpoints)
+            progress, sizes = Progress(**state["progress"]), state["sizes"]
+        for file in self._line_files():
+            os.truncate(file, sizes.get(str(file.relative_to(self.path)), 0))
+        return progress, checkpoint
 
     # ---- what a run writes along the way
 
@@ -122,6 +124,9 @@ class Run:
         console line, and the progress it made (fields of Progress)."""
         trajectories = [vars(trajectory) for group in trajectories for trajectory in group]
         total = self.progress.num_trajectories + len(trajectories)
+        warning = truncation_warning(record.get("rl/truncated_share", 0.0))
+        if warning and not self.progress.cut_off:  # once a run; an evaluation says it each time
+            line, progress = (line or "") + warning, progress | {"cut_off": True}
         self.progress = dataclasses.replace(self.progress, num_trajectories=total, **progress)
         iteration = self.progress.iteration
         if trajectories:
@@ -240,7 +245,7 @@ class Run:
             kept = f"{self.checkpoint} is whole" if self.checkpoint else "there is none yet"
             if isinstance(error, CheckpointException):
                 error = next(iter(error.failures.values()))[0]
-                if isinstance(error, KeyboardInterrupt):
+                if not isinstance(error, (OSError, SafetensorError)):  # a second Ctrl-C, a fault
                     raise error from None
             raise UserError(
                 f"checkpoint {target} could not be written: {error}; of the earlier ones {kept}"
@@ -256,15 +261,16 @@ class Run:
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Fill the optimizer with the state in the last checkpoint."""
         parameters, state = optimizer.param_groups[0]["params"], {}
-        for name in self._stored("optimizer"):
-            index, key = name.split(".")
-            like = torch.zeros(()) if key == "step" else parameters[int(index)]
-            state[name] = torch.empty_like(like, requires_grad=False)
-        self._load("optimizer", state)
         by_parameter: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in state.items():
-            index, key = name.split(".")
-            by_parameter.setdefault(int(index), {})[key] = tensor
+        reader = dcp.HuggingFaceStorageReader(self.checkpoint)
+        for name in reader.read_metadata().state_dict_metadata:
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                like = torch.zeros(()) if key == "step" else parameters[int(index)]
+                tensor = torch.empty_like(like, requires_grad=False)
+                state[f"{index}.{key}"] = tensor
+                by_parameter.setdefault(int(index), {})[key] = tensor
+        self._load("optimizer", state)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
 
@@ -277,14 +283,8 @@ class Run:
             self._load("theta_i", state)
         return state
 
-    def _stored(self, part: str) -> list[str]:
-        """Names of the checkpoint's tensors of "policy", "theta_i" or "optimizer"."""
-        reader = dcp.HuggingFaceStorageReader(self.checkpoint)
-        names = reader.read_metadata().state_dict_metadata
-        return [name.removeprefix(f"{part}.") for name in names if name.startswith(f"{part}.")]
-
     def _load(self, part: str, state: dict[str, Tensor]) -> None:
-        """Fill the tensors with the checkpoint's."""
+        """Fill the tensors with the checkpoint's of "policy", "theta_i" or "optimizer"."""
         reader = dcp.HuggingFaceStorageReader(self.checkpoint)
         dcp.load(_named(part, state), storage_reader=reader)
 
@@ -295,10 +295,11 @@ class Run:
         for checkpoint in reversed(checkpoints):
             try:
                 state = json.loads((checkpoint / "state.json").read_text("utf-8"))
-                for name, size in state["files"].items():
-                    _check_size(checkpoint / name, size)
-                for name, size in state["sizes"].items():
-                    _check_size(self.path / name, size, at_least=True)
+                sizes = {checkpoint / name: size for name, size in state["files"].items()}
+                sizes |= {self.path / name: size for name, size in state["sizes"].items()}
+                for file, size in sizes.items():
+                    if (found := file.stat().st_size) < size:
+                        raise ValueError(f"{file} has {found} bytes, expected {size}")
             except (OSError, ValueError, KeyError, TypeError) as error:
                 problems[checkpoint] = f"{type(error).__name__}: {error}"
                 continue
@@ -309,21 +310,13 @@ class Run:
                 os.replace(broken, aside)
             return checkpoint, state
         listed = "; ".join(f"{broken}: {problem}" for broken, problem in problems.items())
-        raise UserError(
-            f"{self.path}: no checkpoint is whole ({listed}). Nothing was changed; "
-            "to start again choose another --run_dir"
-        )
+        raise UserError(f"{self.path}: no checkpoint is whole ({listed}); nothing was changed")
 
     def _checkpoints(self) -> list[Path]:
         return sorted(p for p in (self.path / "checkpoints").glob("*") if p.name.isdigit())
 
     def _line_files(self) -> list[Path]:
         return sorted(file for pattern in LINE_FILES for file in self.path.glob(pattern))
-
-    def _cut_lines(self, sizes: dict[str, int]) -> None:
-        """Truncate the line files to their sizes at the checkpoint."""
-        for file in self._line_files():
-            os.truncate(file, sizes.get(str(file.relative_to(self.path)), 0))
 
 
 @contextlib.contextmanager
@@ -335,21 +328,8 @@ def _disk(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written: {error}") from error
 
 
-def _check_size(file: Path, expected: int, at_least: bool = False) -> None:
-    size = file.stat().st_size
-    if size < expected or (size > expected and not at_least):
-        raise ValueError(f"{file} has {size} bytes, expected {expected}")
-
-
 def _named(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{part}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def write_json(path: Path, value) -> None:
-    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 # ---- console
@@ -365,7 +345,7 @@ def step_line(r: dict, iteration: int, num_steps: int) -> str:
         line += f"  clip {r['rl/clip_low_share']:.4f}/{r['rl/clip_high_share']:.4f}"
         line += f"  gap {r['rl/logp_gap_max_nat']:.0e}"
     seconds = r["time/rollout_s"] + r["time/verify_s"] + r["time/update_s"]
-    return f"{line}  {seconds:.2f}s" + truncation_warning(r["rl/truncated_share"])
+    return f"{line}  {seconds:.2f}s"
 
 
 def truncation_warning(truncated_share: float) -> str:

@@ -36,7 +36,12 @@ def sampled_log_softmax(
     logits_RV: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
 ) -> Tensor:
     """Log-probs [R, V] of the distribution that is sampled from; tokens cut off by top-k, then by
-    top-p, get -inf. top_p 1 and top_k 0 cut nothing off."""
+    top-p, get -inf. top_p 1 and top_k 0 cut nothing off. Temperature 0 is greedy: the first most
+    probable token has probability 1, so log-prob 0."""
+    if temperature == 0:
+        logp_RV = torch.full_like(logits_RV, -torch.inf, dtype=torch.float32)
+        best_R1 = logits_RV.argmax(dim=-1, keepdim=True)
+        return logp_RV.scatter_(-1, best_R1, logits_RV.float().gather(-1, best_R1) * 0)  # or NaN
     logp_RV = torch.log_softmax(logits_RV.float() / temperature, dim=-1)
     if top_k == 0 and top_p >= 1.0:
         return logp_RV
@@ -198,7 +203,7 @@ def _check(model, prompts, num_samples, max_new_tokens, temperature, top_p, top_
     for name, value, good in (
         ("num_samples", num_samples, num_samples >= 1),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-        ("temperature", temperature, temperature > 0),
+        ("temperature", temperature, temperature >= 0),
         ("top_p", top_p, 0 < top_p <= 1),
         ("top_k", top_k, top_k >= 0),
         ("max_rows", max_rows, max_rows >= 1),
@@ -229,6 +234,7 @@ def sampling_copy(policy: Transformer, dtype: str, compiled: bool = False) -> Tr
     state = {name: whole_tensor(weight).to(dtype) for name, weight in state.items()}
     copy.load_state_dict(state, assign=True)
     copy.requires_grad_(False)
+    copy.unknown_ids = policy.unknown_ids
     swap_layers(copy)
     return copy.compile_blocks() if compiled else copy
 

@@ -1,5 +1,6 @@
 """Problems and demonstrations: what the policy is asked, and which verifier judges the answer."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -61,28 +62,35 @@ def load_demonstrations(source: str, *, size: int = 0, seed: int = 0) -> list[tu
         stage, options = _countdown_source(source, size)
         demos = countdown.generate_demonstrations(stage, size=size, seed=seed, **options)
         return [(countdown.question(numbers, target), steps) for numbers, target, steps in demos]
-    pairs = [
-        (files.question(record, where)[0], files.text_of(record, ("response",), where))
-        for record, where in files.read_records(source)
-    ]
+    pairs = []
+    for record, where in files.read_records(source):
+        text, context = files.question(record, where)
+        if context:
+            raise UserError(f"{where}: {len(context)} messages before the question; expected none")
+        pairs.append((text, files.text_of(record, ("response",), where)))
     return _subset(pairs, size, seed, source)
 
 
-def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
+def load_data(cfg: Config, tokenizer=None) -> tuple[list[Problem], list[Problem]]:
     """Training problems, drawn by cfg.seed, and held-out problems, the same for every seed.
 
-    Raises UserError as load_problems does, and when a held-out question is a training question.
+    Raises UserError as load_problems does, for a held-out question among the training questions,
+    and for a question that the tokenizer or its chat template does not take.
     """
-    heldout = load_problems(cfg.data.eval, size=cfg.data.eval_size, seed=0)
-    if cfg.method in ("eval", "sft"):
-        return [], heldout
-    train = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed)
+    train, heldout = [], load_problems(cfg.data.eval, size=cfg.data.eval_size, seed=0)
+    if cfg.method not in ("eval", "sft"):
+        train = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed)
     trained = {question_key(problem) for problem in train}
     shared = [problem for problem in heldout if question_key(problem) in trained]
     if shared:
         count = f"{len(shared)} of {len(heldout)} questions of data.eval"
         first = f"{shared[0].id!r} ({shared[0].prompt[:60]!r})"
         raise UserError(f"{count} are also in data.train, the first is {first}")
+    for problem in train + heldout if tokenizer is not None else []:
+        try:
+            tokenizer.encode_prompt(problem.prompt, cfg.data, problem.context)
+        except UserError as error:
+            raise UserError(f"problem {problem.id!r}: {error}") from None
     return train, heldout
 
 
@@ -96,11 +104,12 @@ def next_problems(problems: list[Problem], drawn: int, count: int, seed: int) ->
 
 
 def question_key(problem: Problem) -> str:
-    """Equal for equal questions: the text without white space; of Countdown the numbers in any
-    order and the target."""
+    """Equal for equal questions: the whole conversation with its white space folded; of Countdown
+    the numbers in any order and the target."""
     if problem.kind == "countdown":
         return f"countdown:{sorted(problem.numbers)}->{problem.target}"
-    return "".join(problem.prompt.split())
+    texts = [text for message in problem.context for text in message] + [problem.prompt]
+    return "\n".join(" ".join(text.split()) for text in texts)
 
 
 def _generated_source(source: str, size: int) -> tuple[str, str]:
@@ -142,13 +151,11 @@ def _gym_problems(source: str, size: int, seed: int) -> list[Problem]:
         raise UserError(str(error)) from None
     if entries is None:
         raise UserError(f"data source {source!r}: took longer than {GYM_GENERATION_S:.0f} s")
-    problems = []
-    for index, text, answer in entries:
-        id_, entry = f"{name}:{seed}:{index}", (seed, index)
-        problems.append(
-            Problem(id=id_, prompt=text, answer=answer, kind="gym", task=task, entry=entry)
-        )
-    return problems
+    gym = {"kind": "gym", "task": task}
+    return [
+        Problem(id=f"{name}:{seed}:{i}", prompt=text, answer=answer, entry=(seed, i), **gym)
+        for i, text, answer in entries
+    ]
 
 
 def _file_problems(source: str) -> list[Problem]:
@@ -188,15 +195,19 @@ def _file_problems(source: str) -> list[Problem]:
 
 def _problem(record: dict, where: str) -> Problem:
     if "nums" in record and "target" in record:  # Countdown-Tasks-3to4
+        nums, target = record["nums"], record["target"]
         try:
-            return _countdown_problem(tuple(map(int, record["nums"])), int(record["target"]))
-        except (TypeError, ValueError):
-            got = f"nums = {record['nums']!r}, target = {record['target']!r}"
-            raise UserError(f"{where}: expected a list of integers and an integer: {got}") from None
+            nums = json.loads(nums) if isinstance(nums, str) else nums  # as CSV holds a list
+            if not (isinstance(nums, list) and nums):
+                raise ValueError
+            *numbers, target = [int(files.text_of({"": n}, ("",), where)) for n in [*nums, target]]
+            return _countdown_problem(tuple(numbers), target)
+        except (ValueError, RecursionError):
+            wanted = "a list of integers, and target an integer"
+            raise files.field_error(where, "nums", wanted, (nums, target)) from None
     prompt, context = files.question(record, where)
     answer, tolerance = files.gold_answer(record, where)
-    ids = [record[name] for name in files.IDS if record.get(name) is not None]
-    id_ = str(ids[0]) if ids else Path(where).name
+    id_ = files.text_of(record | {"place": Path(where).name}, (*files.IDS, "place"), where)
     return Problem(
         id=id_, prompt=prompt, context=context, answer=answer, tolerance=tolerance, kind="math"
     )

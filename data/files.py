@@ -1,9 +1,11 @@
 """Records of .jsonl, .json, .csv and .parquet files, and the field names of public data sets."""
 
+import contextlib
 import csv
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +13,17 @@ from answers.extract import extract_boxed
 from config import UserError
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
-QUESTIONS = ("problem", "question", "prompt", "Problem", "Question")
+QUESTIONS = ("problem", "question", "prompt", "messages", "Problem", "Question")
 JUDGE = "reward_model.ground_truth"  # verl
 ANSWERS = ("answer", "final_answer", "expected_answer", "ground_truth", JUDGE, "Answer")
 IDS = ("id", "unique_id")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates: no tokenizer takes them
+# messages, as JSON, Python or numpy print them
+_MESSAGES = re.compile(
+    r"""(?s)["(\[\sa-z]{0,20}\{.{0,99}?['"](role|content|from|value)\\*['"]\s*:"""
+)
+# a very long integer stays text, and check_gold refuses it
+_json = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) <= 1000 else n).decode
 
 # DAPO-Math-17k and its AIME-2024 put their prompt template into each question; data.prompt is ours.
 _DAPO = re.compile(
@@ -36,13 +45,15 @@ def read_records(path: str) -> Iterator[tuple[dict, str]]:
             where = f"{path}:{number}"
             if isinstance(row, str) and not row.strip():
                 continue
-            record = json.loads(row) if isinstance(row, str) else row
+            record = _json(row) if isinstance(row, str) else row
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected an object, got {str(record)[:60]!r}")
             yield record, where
     except UserError:
         raise
-    except (ValueError, csv.Error) as error:  # of json, the encoding, csv or pyarrow
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply; expected fields of text or numbers") from None
+    except (OSError, ValueError, csv.Error) as error:  # of json, the encoding, csv or pyarrow
         raise UserError(f"{where}: not valid {Path(path).suffix}: {error}") from None
     if record is None:
         raise UserError(f"data source {path}: holds no records")
@@ -62,7 +73,7 @@ def _rows(path: str) -> Iterator:
         if path.endswith(".jsonl"):
             yield from file
         elif path.endswith(".json"):
-            records = json.load(file)
+            records = _json(file.read())
             yield from records if isinstance(records, list) else [records]
         else:
             csv.field_size_limit(2**31 - 1)
@@ -77,18 +88,34 @@ def _rows(path: str) -> Iterator:
 def question(record: dict, where: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     """The question's text, and the (role, content) messages before it in a list of messages."""
     name = next((name for name in QUESTIONS if record.get(name)), None)
-    messages, context = record.get(name), []
+    messages, context = structure(record.get(name), name, where), []
+    messages = [messages] if isinstance(messages, dict) else messages
     if isinstance(messages, list):
-        pairs = [(m.get("role"), m.get("content")) for m in messages if isinstance(m, dict)]
-        texts = [text for pair in pairs for text in pair if isinstance(text, str) and text]
-        if len(texts) < 2 * len(messages) or pairs[-1][0] != "user":
-            wanted = "messages of role and content, the last one the user's"
-            raise UserError(f"{where}: field {name!r}: expected {wanted}")
-        *context, (_, text) = pairs
+        good = all(isinstance(m, dict) and not m.get("tool_calls") for m in messages)
+        if not good or messages[-1].get("role") != "user":
+            wanted = "messages of role and content, no tool calls, the last one the user's"
+            raise field_error(where, name, wanted, messages)
+        place = f"{where}: field {name!r}"
+        pairs = [[text_of(m, (key,), place) for key in ("role", "content")] for m in messages]
+        *context, (_, text) = map(tuple, pairs)
     else:
         text = text_of(record, QUESTIONS, where)
     dapo = _DAPO.fullmatch(text)
     return dapo[1] if dapo else text, tuple(context)
+
+
+def structure(value, name: str, where: str):
+    """The list or object that a field holds as JSON text (CSV, some parquet files), else the value.
+    A list of numbers is text. Raises UserError for messages in another notation."""
+    if not isinstance(value, str):
+        return value
+    with contextlib.suppress(ValueError, RecursionError):
+        found = _json(value) if value.lstrip()[:1] in ("[", "{") else []
+        if isinstance(found, dict) or any(isinstance(item, (str, dict)) for item in found):
+            return found
+    if _MESSAGES.match(value):
+        raise field_error(where, name, "JSON or text", value)
+    return value
 
 
 def gold_answer(record: dict, where: str) -> tuple[str, float]:
@@ -98,37 +125,51 @@ def gold_answer(record: dict, where: str) -> tuple[str, float]:
     joined (OlympiadBench), else from the last \\boxed of the solution (MATH, Minerva). Only what
     follows `####` counts (GSM8K). The record's unit is added. Raises UserError.
     """
-    if isinstance(record.get("reward_model"), dict):
-        record = {JUDGE: record["reward_model"].get("ground_truth")}
+    judge = structure(record.get("reward_model"), "reward_model", where)
+    if isinstance(judge, dict):
+        record = {JUDGE: judge.get("ground_truth")}
     name = next((name for name in ANSWERS if record.get(name) not in (None, "", [])), None)
+    answer = structure(record.get(name), name, where)
     if name is None and "solution" in record:
         text = extract_boxed(text_of(record, ("solution",), where))
         if text is None:
             raise UserError(f"{where}: has no 'answer', and its field 'solution' no \\boxed{{}}")
-    elif isinstance(record.get(name), list):
-        text = ", ".join(text_of({name: item}, (name,), where) for item in record[name])
+    elif isinstance(answer, list):
+        text = ", ".join(text_of({name: item}, (name,), where) for item in answer)
     else:
         text = text_of(record, ANSWERS, where)
     text = text.rpartition("####")[2].strip()
-    unit = record.get("unit")
-    if isinstance(unit, str) and unit.strip() and "," not in text:
-        text = f"{text.strip('$')} {unit.strip().strip('$')}"
+    if isinstance(record.get("unit"), str) and record["unit"].strip() and "," not in text:
+        text = f"{text.strip('$')} {text_of(record, ('unit',), where).strip().strip('$')}"
     error = record.get("error")  # OlympiadBench: a number, or one for each of several answers
     try:
-        return text, (min(map(float, str(error).split(","))) if error else 0.0)
+        tolerance = min(map(float, str(error).split(","))) if error else 0.0
+        if not 0 <= tolerance < math.inf:
+            raise ValueError
+        return text, tolerance
     except ValueError:
-        raise UserError(f"{where}: field 'error': expected a number, got {error!r}") from None
+        raise field_error(where, "error", "a number from 0 on", error) from None
 
 
 def text_of(record: dict, names: tuple[str, ...], where: str) -> str:
-    """The first filled one of the named fields; a number becomes its shortest text (27.0: 27)."""
+    """The first filled one of the named fields; a number becomes its shortest text (27.0: 27), and
+    the parts of a message are joined. Raises UserError for what no tokenizer takes, and for a
+    number that is not finite."""
     for name in names:
         value = record.get(name)
+        if isinstance(value, list) and all(isinstance(p, dict) for p in value):
+            texts = [part.get("type") == "text" and part.get("text") for part in value]
+            value = "".join(texts) if all(isinstance(text, str) for text in texts) else value
+        if type(value) in (int, float) and abs(value) < math.inf:
+            value = str(int(value)) if value == int(value) else repr(value)
+        if _NO_TEXT.search(value) if isinstance(value, str) else value not in (None, []):
+            wanted = "text without NUL and lone surrogates, or a finite number"
+            raise field_error(where, name, wanted, value)
         if isinstance(value, str) and value.strip():
             return value
-        if type(value) in (int, float) and abs(value) < math.inf:
-            return str(int(value)) if value == int(value) else repr(value)
-        if value not in (None, []) and not isinstance(value, str):
-            raise UserError(f"{where}: field {name!r}: expected text, got {str(value)[:60]!r}")
     wanted, fields = " / ".join(map(repr, names)), ", ".join(map(repr, record)) or "none"
     raise UserError(f"{where}: has no {wanted}; its fields are {fields}")
+
+
+def field_error(where: str, name: str, wanted: str, value) -> UserError:
+    return UserError(f"{where}: field {name!r}: expected {wanted}; got {reprlib.repr(value)}")

@@ -10,7 +10,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 
-from config import DataConfig, UserError
+from config import DataConfig, UserError, read_json
 
 SPECIAL_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 
@@ -33,11 +33,11 @@ class Tokenizer:
         # The file may hold settings of its training that cut or pad prompts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = _read_json(path / "tokenizer_config.json")
+        config = read_json(path / "tokenizer_config.json")
         self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
         self._chat_file, self._chat_template = _chat_template(path, config)
         if "added_tokens_decoder" not in config:  # an old checkpoint
-            config |= _read_json(path / "special_tokens_map.json")
+            config |= read_json(path / "special_tokens_map.json")
         tokens = {name: config[name] for name in SPECIAL_TOKENS if config.get(name) is not None}
         self._special = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items()}
         # A special token that is a plain vocabulary entry would be split, and shown when decoded.
@@ -48,13 +48,18 @@ class Tokenizer:
         ids = self._turn_end() if chat else []
         ids.append(to_id(self._special.get("eos_token", "")))
         for name in ("generation_config.json", "config.json"):
-            value = _read_json(path / name).get("eos_token_id")
+            value = read_json(path / name).get("eos_token_id")
             ids += value if isinstance(value, list) else [value]
         ids = [i for i in ids if i is not None]
         if not ids:
             files = "tokenizer_config.json, generation_config.json or config.json"
             raise UserError(f"{path}: no EOS token in {files}")
         self.eos_id, self.stop_ids = ids[0], set(ids)
+
+    def unknown_ids(self, vocab_size: int) -> list[int]:
+        """Ids below vocab_size without a token, stop ids aside: decode would lose them."""
+        known = {*self._tokenizer.get_vocab(with_added_tokens=True).values(), *self.stop_ids}
+        return [i for i in range(vocab_size) if i not in known]
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids; special tokens written in the text are recognised.
@@ -149,10 +154,3 @@ def _chat_template(path: Path, config: dict) -> tuple[Path, str | None]:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return path / "tokenizer_config.json", template
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None

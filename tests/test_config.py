@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
@@ -11,7 +12,6 @@ from config import (
     KEYS,
     Config,
     UserError,
-    config_dict,
     config_from_command_line,
     differing_keys,
     load_config,
@@ -26,7 +26,7 @@ def test_overrides_are_typed(countdown_toml):
     cfg = load_config(countdown_toml, overrides.split())
     assert (cfg.rl.lr, cfg.method, cfg.seed) == (1e-6, "rl", 7)
     assert (cfg.rl.normalize_std, cfg.run_dir) == (False, "123")
-    changed = differing_keys(config_dict(load_config(countdown_toml)), config_dict(cfg))
+    changed = differing_keys(asdict(load_config(countdown_toml)), asdict(cfg))
     assert changed == ["method", "seed", "run_dir", "rl.lr", "rl.normalize_std"]
 
 
@@ -60,6 +60,11 @@ def test_integer_for_a_float_is_fine(countdown_toml):
         (["--select.max_success_rate", "0"], "select.max_success_rate = 0.0: must be above 0"),
         (["--eval.top_p", "1.1"], "eval.top_p = 1.1: must be at most 1"),
         (["--sampling.temperature", "0"], "sampling.temperature"),
+        (
+            ["--eval.temperature", "0"],
+            "eval.temperature = 0 is greedy and needs eval.num_samples = 1",
+        ),
+        (["--eval.temperature", "-1"], "eval.temperature = -1.0: must be at least 0"),
         (["--seed", "-1"], "seed = -1"),
         (["--data.prompt", "hello"], "data.prompt = 'hello': must contain {problem}"),
         (["--compute.dtype", "float16"], "must be one of ('float32', 'bfloat16')"),
@@ -70,6 +75,12 @@ def test_bad_override_names_the_key(countdown_toml, overrides, message):
     """Fault: a typo or a wrong value is ignored, or the error does not say where."""
     with pytest.raises(UserError, match=re.escape(message)):
         load_config(countdown_toml, overrides)
+
+
+def test_greedy_evaluation_of_one_sample(countdown_toml):
+    """Fault: temperature 0 is refused in evaluation."""
+    cfg = load_config(countdown_toml, ["--eval.temperature", "0", "--eval.num_samples", "1"])
+    assert cfg.eval.temperature == 0.0
 
 
 def test_bounds_follow_the_other_key(countdown_toml):
@@ -142,19 +153,19 @@ def test_every_config_file_loads(name):
     """Fault: a committed config no longer fits the code, one of its values is lost, a resolved
     config is not what config.json gives back, or a config repeats defaults, so that nobody sees
     what is special about its run."""
-    cfg = config_dict(load_config(ROOT / "configs" / name))
+    cfg = asdict(load_config(ROOT / "configs" / name))
     assert cfg == json.loads(json.dumps(cfg))
     with (ROOT / "configs" / name).open("rb") as file:
         stated = tomllib.load(file)
     stated_keys = set(differing_keys(stated, {}))
     assert stated_keys & set(differing_keys(stated, cfg)) <= {"run_dir"}  # its placeholders
     if name != "countdown.toml":
-        assert stated_keys == set(differing_keys(config_dict(Config()), cfg))
+        assert stated_keys == set(differing_keys(asdict(Config()), cfg))
 
 
 def test_defaults_are_the_laptop_run(countdown_toml):
     """Fault: the README's numbers are of other values than the defaults."""
-    differing = differing_keys(config_dict(Config()), config_dict(load_config(countdown_toml)))
+    differing = differing_keys(asdict(Config()), asdict(load_config(countdown_toml)))
     assert differing == ["run_dir"]
 
 

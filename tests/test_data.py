@@ -294,7 +294,7 @@ def test_countdown_tasks_file(tmp_path):
     ]
     assert verify(problems[0], "44 + 19 + 35").correct
     file.write_text('{"nums": "many", "target": 98}\n')
-    with pytest.raises(UserError, match="c.jsonl:1: expected a list of integers"):
+    with pytest.raises(UserError, match="c.jsonl:1: field 'nums': expected a list of integers"):
         load_problems(str(file))
 
 
@@ -344,10 +344,12 @@ def test_repeated_questions_are_counted_and_left_out(tmp_path, capsys):
 
 
 def test_train_eval_overlap_is_refused(countdown_toml, tmp_path):
-    """Fault: held-out accuracy is measured on training questions."""
+    """Fault: held-out accuracy is measured on training questions, told apart by white space."""
     train, heldout = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
     train.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?", "answer": "4"}\n')
-    heldout.write_text('{"problem": "3+3?", "answer": "6"}\n{"problem": "2 + 2?", "answer": "4"}\n')
+    heldout.write_text(
+        '{"problem": "3+3?", "answer": "6"}\n{"problem": " 2+2?\\n", "answer": "4"}\n'
+    )
     options = ["--data.train_size", "0", "--data.eval_size"]
     options = [*options, "0", "--data.train", str(train), "--data.eval", str(heldout)]
     message = "1 of 2 questions of data.eval are also in data.train, the first is 'eval.jsonl:2'"
@@ -402,12 +404,166 @@ def test_every_unreadable_gold_is_listed(tmp_path):
     assert all(f"p.json:{i}: gold answer" in str(error.value) for i in (2, 4, 5))
 
 
+def loaded(path, *records) -> list:
+    """The problems of a .jsonl file; a record may be its text."""
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return load_problems(str(path))
+
+
+def test_a_question_is_its_whole_conversation(tmp_path, capsys):
+    """Fault: questions are merged, and left out as contradictory, that differ in an earlier
+    message, in a role, in where a message ends, or in white space that divides numbers."""
+    system, user = {"role": "system", "content": "A."}, {"role": "user", "content": "Q"}
+    conversations = [
+        [user],
+        [system, user],
+        [system | {"content": "B."}, user],
+        [system | {"role": "user"}, user],
+        [user, {"role": "assistant", "content": "1"}, user],
+        [system | {"content": "A.  Q"}, user],
+        [system, {"role": "user", "content": "Q Q"}],
+        [{"role": "user", "content": "1 23"}],
+        [{"role": "user", "content": "12 3"}],
+    ]
+    records = [{"prompt": c, "answer": i} for i, c in enumerate(conversations)]
+    assert [p.answer for p in loaded(tmp_path / "p.jsonl", *records)] == list("012345678")
+    folded = [{"role": "system", "content": " A.\n"}, {"role": "user", "content": "Q\t "}]
+    again = loaded(tmp_path / "q.jsonl", records[1], {"prompt": folded, "answer": 2}, records[0])
+    assert [p.answer for p in again] == ["0"]
+    assert "1 questions with contradicting answers" in capsys.readouterr().out
+
+
+USER = {"role": "user", "content": "Q"}
+PARTS = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
+BRIEF = [{"role": "system", "content": "Be brief."}, USER]
+
+
+@pytest.mark.parametrize(
+    ("fields", "context"),
+    [
+        ({"messages": BRIEF}, True),
+        ({"prompt": [{"role": "system", "content": PARTS}, USER]}, True),
+        ({"prompt": json.dumps(BRIEF)}, True),
+        ({"question": json.dumps(BRIEF, indent=1)}, True),
+        ({"prompt": json.dumps(USER)}, False),
+        ({"prompt": USER}, False),
+        ({"prompt": [USER | {"tool_calls": None, "name": None}]}, False),
+        ({"problem": "", "messages": [USER]}, False),
+    ],
+)
+def test_every_notation_of_messages(tmp_path, fields, context):
+    """Fault: a notation of messages that public files have is not read, or its JSON becomes the
+    question."""
+    (problem,) = loaded(tmp_path / "p.jsonl", fields | {"answer": 1})
+    assert problem.prompt == "Q"
+    assert problem.context == ((("system", "Be brief."),) if context else ())
+
+
+@pytest.mark.parametrize("question", ["[3, 1, 2]", "[asy] draw(); [/asy] Q", "{x : x > 1}", '"Q"'])
+def test_text_that_looks_like_a_list_stays_text(tmp_path, question):
+    """Fault: a question that begins with a bracket is refused, or read as messages."""
+    (problem,) = loaded(tmp_path / "p.jsonl", {"problem": question, "answer": 1})
+    assert problem.prompt == question and problem.context == ()
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}, USER],
+        [USER, {"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}, USER],
+        [USER, {"role": "assistant", "content": None}, USER],
+        [USER, {"role": "assistant", "content": "A"}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}, PARTS[0]]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": []}],
+        [{"role": None, "content": "A"}, USER],
+        [{"role": "system", "content": " "}, USER],
+        [{"from": "human", "value": "Q"}],
+        {"messages": [USER]},
+        ["Q"],
+        [USER, "Q"],
+    ],
+    ids=str,
+)
+def test_messages_that_are_not_text_are_refused(tmp_path, messages):
+    """Fault: a tool call, an image or a notation that is not read is left out or becomes "None";
+    also where the field holds them as JSON, or as Python or numpy print them."""
+    printed = [str(messages), f"array({messages}, dtype=object)", json.dumps(json.dumps(messages))]
+    texts = printed if "{" in str(messages) else []
+    for value in (messages, json.dumps(messages), *texts):
+        with pytest.raises(UserError, match=r"p.jsonl:1: field 'prompt': .*(expected|has no)"):
+            loaded(tmp_path / "p.jsonl", {"prompt": value, "answer": "1"})
+
+
+DEEP = "[" * 1000 + "]" * 1000
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        *((f'{{"problem": "P", "answer": {x}}}', "answer") for x in ("1e400", "-Infinity", "NaN")),
+        ('{"problem": "P", "answer": [1, 1e400]}', "answer"),
+        ('{"problem": "P", "answer": %s}' % ("7" * 5000), "gold answer"),
+        (f'{{"problem": "P", "answer": {DEEP}}}', "nested too deeply"),
+        (f'{{"problem": "P", "answer": "1", "level": {DEEP}}}', "nested too deeply"),
+        ({"problem": "P", "answer": DEEP}, "gold answer"),
+        ({"problem": "P", "answer": "\ud800"}, "answer"),
+        ({"problem": "P", "answer": "1\0"}, "answer"),
+        ({"problem": "P\udfff", "answer": "1"}, "problem"),
+        ({"problem": "P\0", "answer": "1"}, "problem"),
+        ({"prompt": [USER | {"content": "\ud83d"}], "answer": "1"}, "prompt"),
+        ({"prompt": [USER | {"content": "\0"}, USER], "answer": "1"}, "prompt"),
+        ({"problem": "P", "answer": "1", "unit": "m\0"}, "unit"),
+        ({"problem": "P", "solution": "\\boxed{1}\0"}, "solution"),
+        ({"problem": "P", "answer": "1", "id": "\ud800"}, "id"),
+        *(({"problem": "P", "answer": "1", "error": e}, "error") for e in ("nan", "-1", "1e400")),
+        ('{"problem": "P", "answer": "1", "error": %s}' % ("7" * 5000), "error"),
+        ('{"problem": "P", "answer": "1", "error": 1e400}', "error"),
+        ('{"nums": [1e400, 2], "target": 3}', "nums"),
+        ('{"nums": [1, 2], "target": NaN}', "target"),
+        ('{"nums": [1, 2], "target": %s}' % ("7" * 5000), "target"),
+        ({"nums": [1, 2.5], "target": 3}, "nums"),
+        ({"nums": [1, True], "target": 3}, "nums"),
+        ({"nums": "12", "target": 3}, "nums"),
+        ({"nums": [], "target": 0}, "nums"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_cannot_be_text_or_a_number_is_named(tmp_path, record, field):
+    """Fault: a number that is not finite or too long, brackets nested without end, a lone surrogate
+    or NUL ends in a bare OverflowError or RecursionError, or loads and fails in the run."""
+    with pytest.raises(UserError, match=f"p.jsonl:1: .*{field}"):
+        loaded(tmp_path / "p.jsonl", record)
+
+
+def test_lists_as_text(tmp_path):
+    """Fault: lists and verl's judge, which CSV holds as JSON text, are refused or become the gold
+    as they are."""
+    file, judge = tmp_path / "p.jsonl", json.dumps({"ground_truth": "34", "style": "rule"})
+    assert loaded(file, {"problem": "P", "reward_model": judge})[0].answer == "34"
+    assert loaded(file, {"problem": "P", "answer": '["34"]'})[0].answer == "34"
+    assert loaded(file, {"problem": "P", "answer": "[3, 4]"})[0].answer == "[3, 4]"
+    assert loaded(file, {"nums": "[1, 2]", "target": "3"})[0].numbers == (1, 2)
+
+
+def test_question_that_cannot_be_tokenized_is_refused_at_the_start(countdown_toml, tmp_path):
+    """Fault: a run stops in the step that draws a question outside the tokenizer's vocabulary, or a
+    conversation that the chat template refuses."""
+    loaded(tmp_path / "p.jsonl", {"problem": "make 3 from 1 2:", "answer": 3, "id": "a"})
+    loaded(tmp_path / "q.jsonl", {"problem": "Was ist 1 + 2?", "answer": 3, "id": "b"})
+    sources = [("data.train", "p.jsonl"), ("data.eval", "q.jsonl")]
+    options = [word for key, name in sources for word in (f"--{key}", str(tmp_path / name))]
+    options += ["--data.train_size", "0", "--data.eval_size", "0"]
+    with pytest.raises(UserError, match="problem 'b': cannot tokenize 'Was ist"):
+        load_data(load_config(countdown_toml, options), Tokenizer(BASE))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("p.json", '{"data": [{"problem": "P", "answer": "1"}]}', "p.json:1: has no 'problem'"),
         ("p.json", "3", "p.json:1: expected an object"),
-        ("p.jsonl", '{"problem": "P", "answer": NaN}', "field 'answer': expected text, got 'nan'"),
         ("p.json", "[1, 2", "not valid .json"),
         ("p.jsonl", "\n", "holds no records"),
         ("p.parquet", "PAR", "not valid .parquet"),
@@ -600,6 +756,14 @@ def test_demonstrations_from_a_file(tmp_path):
     assert load_demonstrations(str(file)) == [("1+1?", "2")]
     file.write_text('{"problem": "1+1?"}\n', encoding="utf-8")
     with pytest.raises(UserError, match="d.jsonl:1: has no 'response'"):
+        load_demonstrations(str(file))
+
+
+def test_demonstration_with_a_conversation_is_refused(tmp_path):
+    """Fault: SFT leaves out the messages before a question without a word."""
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps({"messages": BRIEF, "response": "2"}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="d.jsonl:1: 1 messages before the question"):
         load_demonstrations(str(file))
 
 

@@ -1,8 +1,10 @@
 """The algorithm: losses, advantages, weights, filter, and the loop's promises."""
 
+import copy
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import rloop
 from config import UserError, load_config
 from data import load_demonstrations, load_problems
 from data.tokenizer import Tokenizer
-from model import Transformer
+from model import Linear, Transformer
 from packing import Row, pack, token_logprobs
 from rloop import (
     Trajectory,
@@ -248,6 +250,57 @@ def test_trainer_logprobs_equal_sampler_logprobs(tiny, temperature):
     logp, _ = token_logprobs(tiny, batch, temperature)
     sampler_logp = batch.concatenate([row.sampler_logps for row in batch.rows])
     assert (logp - sampler_logp).abs().max() < 2e-5
+
+
+def test_ids_without_a_token_do_not_move_the_loss(tiny):
+    """Fault: sampler and trainer see different distributions where ids have no token; their
+    entropy is NaN; or they get a gradient. The oracle: a model whose head lacks these rows."""
+    tiny.lm_head = Linear(32, 61, bias=False)
+    smaller = copy.deepcopy(tiny)
+    smaller.lm_head.weight = torch.nn.Parameter(tiny.lm_head.weight[:50].detach().clone())
+    tiny.unknown_ids = torch.arange(50, 61)
+    sampled = sample(tiny, PROMPTS, temperature=0.6, max_rows=5, **SAMPLING)
+    batch = pack(
+        [
+            [Row(prompt_ids=prompt, ids=c.ids, sampler_logps=c.logps) for c in group]
+            for prompt, group in zip(PROMPTS, sampled, strict=True)
+        ]
+    )
+    (logp, entropy), expected = (token_logprobs(model, batch, 0.6) for model in (tiny, smaller))
+    torch.testing.assert_close((logp, entropy), expected)
+    sampler_logp = batch.concatenate([row.sampler_logps for row in batch.rows])
+    assert (logp - sampler_logp).abs().max() < 2e-5
+    logp.sum().backward()
+    expected[0].sum().backward()
+    gradients = tiny.lm_head.weight.grad, smaller.lm_head.weight.grad
+    torch.testing.assert_close(gradients[0][:50], gradients[1])
+    assert (gradients[0][50:] == 0).all()
+    embeddings = tiny.model.embed_tokens.weight.grad, smaller.model.embed_tokens.weight.grad
+    torch.testing.assert_close(*embeddings)
+
+
+def test_a_run_never_samples_ids_without_a_token(small_run, tmp_path):
+    """Fault: the loop, its evaluations or the KL term's reference do not know the tokenizer's
+    ids."""
+    base = ROOT / "data" / "countdown_base"
+    shutil.copytree(base, tmp_path / "model", ignore=lambda *_: ["model.safetensors"])
+    config = json.loads((base / "config.json").read_text())
+    size, wider = config["vocab_size"], config | {"vocab_size": 4 * config["vocab_size"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(wider))
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    hole = tokenizer["model"]["vocab"].pop("/")
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    few = ("--iterations", "1", "--rl.kl_coef", "0.1", "--rl.steps", "1", "--eval.num_samples", "1")
+    greedy = ("--eval.temperature", "0", "--model.path", str(tmp_path / "model"))
+    run = small_run("run", *few, *greedy, "--model.random_init", "true", "--method", "rl")
+    run_whole(run)
+    sampled = {id_ for t in run.read("trajectories/iteration_1.jsonl") for id_ in t["ids"]}
+    assert len(sampled) > 20 and max(sampled) < size and hole not in sampled
+    policy = rloop.load_policy(run.cfg)
+    assert policy.unknown_ids.tolist() == [hole, *range(size, 4 * size)]
+    assert [r for r in run.read("metrics.jsonl") if r["phase"] == "eval"][0][
+        "eval/num_samples"
+    ] == 1
 
 
 def test_eos_gets_gradient(tiny):
@@ -642,11 +695,14 @@ def test_run_interrupted_in_rft_continues_exactly(small_run, monkeypatch):
 
 
 def test_nearly_all_truncated_is_said(small_run, capsys):
-    """Fault: a prompt format without EOS scores 0 for a whole run, in silence."""
+    """Fault: a prompt format without EOS scores 0 for a whole run, in silence; or every step says
+    it."""
     warning = "nearly all responses are cut off: raise sampling.max_new_tokens"
     plain = ("--method", "rl", "--iterations", "1")
     run_whole(small_run("a", *plain, "--sampling.max_new_tokens", "5"))
-    assert warning in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    before = [lines[i - 1].split()[0] for i, line in enumerate(lines) if warning in line]
+    assert before == ["eval", "RL", "eval", "eval"]  # of three steps, the first one's
     run_whole(small_run("b", *plain))
     assert "cut off" not in capsys.readouterr().out
     run_whole(small_run("c", "--method", "eval", "--sampling.max_new_tokens", "5"))

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, SMALL_RUN
 from tqdm import tqdm
 
@@ -349,6 +350,59 @@ def test_all_checkpoints_damaged_changes_nothing(config, monkeypatch):
     with pytest.raises(UserError, match=said):
         Run(cfg)
     assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["signal", "KeyboardInterrupt"])
+def test_stop_while_a_checkpoint_is_written_is_a_stop(config, monkeypatch, capsys, whole, name):
+    """Fault: SIGTERM, or two Ctrl-C, while a checkpoint is written end with an error without a
+    reason, or damage the run."""
+    numbers = [signal.SIGTERM] if name == "signal" else [signal.SIGINT, signal.SIGINT]
+    real, calls = dcp.HuggingFaceStorageWriter.write_data, []
+
+    def interrupted(writer, plan, planner):
+        calls.append(None)
+        for number in numbers if len(calls) == 3 else ():
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)  # the handler runs
+        return real(writer, plan, planner)
+
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", interrupted)
+    cfg = config()
+    command = ["--config", str(TOML), *FEW, "--run_dir", cfg.run_dir]
+    assert rloop.main(command) == 130
+    assert len(calls) == (3 if name == "KeyboardInterrupt" else 4)
+    assert "stopped; the same command continues" in capsys.readouterr().err
+    assert rloop.main(command) == 0
+    assert outcome(cfg) == whole
+
+
+def test_fault_in_saving_is_no_full_disk(config):
+    """Fault: a mistake of the program is shown as an error of the user, without its traceback."""
+    run = Run(config())
+    policy = rloop.load_policy(run.cfg)
+    with pytest.raises(RuntimeError, match="share memory"):
+        run.save(policy, None, policy.state_dict())
+
+
+def test_data_file_that_changed_is_named(config, tmp_path):
+    """Fault: a run continues on other data than it began with, in silence."""
+    games = rloop.load_data(config())
+    for name, problems in zip(("train", "eval"), games, strict=True):
+        lines = [json.dumps({"nums": p.numbers, "target": p.target}) for p in problems]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    files = [("--data.train", "train.jsonl"), ("--data.eval", "eval.jsonl")]
+    cfg = config("run", *(word for key, file in files for word in (key, str(tmp_path / file))))
+    run = Run(cfg)
+    run.save(rloop.load_policy(cfg))
+    assert Run(cfg).progress == run.progress
+    for _, name in files:
+        text = (tmp_path / name).read_text()
+        for change in (text + "\n", None):
+            (tmp_path / name).unlink() if change is None else (tmp_path / name).write_text(change)
+            with pytest.raises(UserError, match=f"other data files; differing keys: .*{name}"):
+                Run(cfg)
+        (tmp_path / name).write_text(text)
+    assert Run(cfg).progress == run.progress
 
 
 def main_on_a_full_disk(cfg, method: str, limit: int, call: int, errors: Path) -> None:

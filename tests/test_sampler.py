@@ -56,6 +56,54 @@ def test_equals_uncached_one_row_reference(tiny, options):
                 np.testing.assert_allclose(completion.logps, logps, atol=2e-5)
 
 
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3, "top_p": 0.5}])
+def test_temperature_0_is_greedy(tiny, cut):
+    """Fault: temperature 0 divides by zero, draws at random, or its log-probs are not those of the
+    distribution that is sampled from (one token has probability 1)."""
+    options = {"max_new_tokens": 12, "temperature": 0, "stop_ids": STOP, "max_rows": 4} | cut
+    groups = sample(tiny, PROMPTS, num_samples=3, seed=5, **options)
+    assert groups == sample(tiny, PROMPTS, num_samples=3, seed=6, **options)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        ids = []
+        while len(ids) < 12 and not STOP & {*ids}:
+            ids.append(int(tiny(torch.tensor([prompt + ids]))[0, -1].argmax()))
+        assert [c.ids for c in group] == [ids] * 3
+        assert all(c.logps == [0.0] * len(ids) for c in group)
+    ties = sampled_log_softmax(torch.tensor([[1.0, 3.0, 3.0, -torch.inf]]), 0.0, **cut)
+    assert ties.tolist() == [[-torch.inf, 0.0, -torch.inf, -torch.inf]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_an_error(tiny, value, temperature):
+    """Fault: a broken policy samples token 0 or the last one for ever, in greedy sampling too."""
+    logits = tiny.logits
+    tiny.logits = lambda x: logits(x).index_fill(-1, torch.tensor([17]), value)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample(tiny, PROMPTS, num_samples=2, max_new_tokens=3, temperature=temperature,
+               stop_ids=STOP, seed=0, max_rows=4)  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [{}, {"temperature": 1.5, "top_k": 50, "top_p": 0.99}])
+def test_ids_without_a_token_are_never_sampled(tiny, cut):
+    """Fault: ids that the model has and the tokenizer has not (behind its last token, or between
+    tokens) are sampled and lost in decoding, or keep a share of the probability."""
+    unknown, options = torch.tensor([2, 30, *range(50, 61)]), {"temperature": 1.0} | cut
+    arguments = {"num_samples": 40, "max_new_tokens": 8, "stop_ids": STOP, "seed": 0}
+    free = sample(tiny, PROMPTS, max_rows=64, **arguments, **options)
+    assert {id_ for group in free for c in group for id_ in c.ids} & {*unknown.tolist()}
+    hidden = tiny.hidden(torch.tensor([PROMPTS[2]]))[0]
+    known_logits = tiny.logits(hidden)[:, [i for i in range(61) if i not in unknown]]
+    tiny.unknown_ids = unknown
+    for policy in (tiny, sampling_copy(tiny, "bfloat16")):
+        for group in sample(policy, PROMPTS, max_rows=64, **arguments, **options):
+            assert not {id_ for c in group for id_ in c.ids} & {*unknown.tolist()}
+    logp = sampled_log_softmax(tiny.logits(hidden), 0.7)
+    assert (logp.exp()[:, unknown] == 0).all()
+    expected = (known_logits / 0.7).log_softmax(-1)
+    torch.testing.assert_close(logp[:, [i for i in range(61) if i not in unknown]], expected)
+
+
 @pytest.mark.parametrize(("num_samples", "max_rows"), [(4, 8), (4, 9), (3, 2), (5, 1), (2, 1000)])
 def test_rows_decoded_at_once_are_bounded_and_used(tiny, num_samples, max_rows, monkeypatch):
     """Fault: more rows are decoded at once than fit; or rows stay empty while prompts wait; or a
@@ -223,7 +271,7 @@ def test_not_finite_logits_stop(tiny):
     ("change", "message"),
     [
         ({"num_samples": 0}, "num_samples"),
-        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": -0.5}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"max_rows": 0}, "max_rows"),
     ],

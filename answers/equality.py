@@ -29,9 +29,11 @@ from answers.evaluation import (
     SMALL,
     Budget,
     Evaluation,
+    NotReal,
     TooHard,
     Undefined,
     contains,
+    is_integer,
     real,
     variables,
 )
@@ -45,6 +47,10 @@ ROUNDED_DIGITS = 7  # so many significant digits, correctly rounded, stand for a
 _REALS = ("var", "mathbb R")
 _INFINITY = ("const", "inf")
 _EVERYTHING = ("interval", ("neg", _INFINITY), _INFINITY, False, False)
+
+
+_NOT_REAL = object()
+_UNSURE = ("?", 1)  # beside the unit that may be none
 
 
 class Undecided(Exception):
@@ -62,6 +68,8 @@ def compare(
     tolerance: a number within this distance of gold is correct, too.
     symbolic: compares trees that contain integrals; without it, they are "undecided".
     """
+    if max(len(gold), len(answer)) > 4 * MAX_CHARS:
+        return "unparsable"
     gold, answer = extract_boxed(gold) or gold, extract_boxed(answer) or answer
     comparison = _Comparison(symbolic)
     try:
@@ -97,13 +105,13 @@ def check_gold(gold: str) -> None:
 
 # a multiple-choice letter with its text, "(C) 42" or "C. 42"; and the label alone, to be dropped
 _LABELLED = re.compile(
-    r"[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{)?\(?([A-J])[).:][\s}.:~\\$]*"
+    r"[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{)?\(?([A-J])[).:](?!.*(?<!\w)[A-J](?:[).:,]|[\s}$]*$))[\s}.:~\\$]*"
     r"(?![-+*/^=_,\s}]|\\[ct])\S"
 )
 _LABEL = re.compile(
     r"^[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{\(?[A-E]\)\}|\([A-E]\))[\s~\\]+(?=[\d$\\-])"
 )
-_LETTER_UNIT = re.compile(r"(.*[\d)}])(?:\s|\\,|~|\$)+[msghLNJWVK](?:\^\d)?[$.]?")
+_LETTER_UNIT = re.compile(r"(.*[\d)}])(?:\s|\\,|~|\$)+[msghLNJWV](?:\^\d)?[$.]?")
 _COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|hbox)\s?\{([^{}]*)\}"
 )
@@ -254,6 +262,7 @@ class _Comparison:
         self.budget.spend(1)  # nested chains of equations would take exponential time
         if gold == answer or {gold, answer} == {_REALS, ("var", "R")}:
             return True
+        gold, answer = self.joined(gold, answer), self.joined(answer, gold)
         kinds = {gold[0], answer[0]}
         if "text" in kinds:
             return False
@@ -299,15 +308,23 @@ class _Comparison:
         return self.all_same(rows, answer_rows, self.all_same)
 
     def same_parts(self, gold: tuple, answer: tuple) -> bool:
+        if "mod" in (gold[0], answer[0]):
+            return self.same_residue(gold, answer)
         if gold[0] == answer[0]:
             nested = gold[0] in ("tuple", "ratio")
             return self.all_same(*(node[1] if nested else node[1:] for node in (gold, answer)))
-        if "mod" in (gold[0], answer[0]):  # 7 (mod 11) is 7
-            gold, answer = (node[1] if node[0] == "mod" else node for node in (gold, answer))
-            return not variables(gold) and self.same(gold, answer)
         if answer[0] != "ratio" or len(answer[1]) != 2:
             return False
         return self.same(gold, ("mul", (answer[1][0], ("inv", answer[1][1]))))  # 2 : 3 for 2/3
+
+    def same_residue(self, gold: tuple, answer: tuple) -> bool:
+        """12 (mod 7) is 5 (mod 7), and so is 5, but 12 is not."""
+        (g, m), (a, n) = (node[1:] if node[0] == "mod" else (node, None) for node in (gold, answer))
+        g, a = (self.value((self.named(node) or (None, node))[1] or ("text",)) for node in (g, a))
+        modulus = self.value(m or n)
+        if m and n:
+            return self.same(m, n) and is_integer((g - a) / modulus)
+        return g == a and 0 <= g < modulus
 
     # names
 
@@ -337,11 +354,9 @@ class _Comparison:
             return None
         name = names[0] if names else ("text", "=")
         constants = [part for part in parts if not variables(part)]
-        near = self.near if "~" in operators else self.same
-        if not all(map(near, constants, constants[1:])):
-            return name, None
-        exact = parts[operators.index("~")] if "~" in operators else parts[-1]
-        return name, parts[-1] if exact[0] == "num" != parts[-1][0] else exact
+        if "~" in operators:
+            return name, self.exact_part(parts)
+        return name, parts[-1] if all(map(self.same, constants, constants[1:])) else None
 
     @staticmethod
     def is_named_by(node: tuple, value: tuple) -> bool:
@@ -351,12 +366,20 @@ class _Comparison:
             return is_sum and not variables(value)
         return _is_name(node) and node[1] not in variables(value)
 
-    def near(self, left: tuple, right: tuple) -> bool:
+    def exact_part(self, parts: list[tuple]) -> tuple | None:
+        """Of 10/3 = 3.333 ~ 3.3 the one that the others are roundings of."""
+        places = [_places(part) for part in parts]
+        exact = parts[max(range(len(parts)), key=places.__getitem__)]
         try:
-            a, b = (complex(self.value(node)) for node in (left, right))
+            values = [complex(self.value(part)) for part in (exact, *parts)]
         except ArithmeticError:
-            return False
-        return abs(a - b) <= 0.01 * max(abs(a), abs(b))
+            return None
+        errors = [abs(value - values[0]) for value in values[1:]]
+        is_near = (
+            error < 10.0**-place + 1e-9 * abs(values[0])
+            for error, place in zip(errors, places, strict=True)
+        )
+        return exact if all(is_near) else None
 
     def same_named(self, gold: tuple, answer: tuple) -> bool:
         (gold_name, gold_value), (name, value) = gold, answer
@@ -385,7 +408,13 @@ class _Comparison:
         )
         if is_region:
             return self.same_region(gold, answer)
-        return self.matches(_items(gold), _items(answer))
+        items, answer_items = _items(gold), _items(answer)
+        if gold[0] == "set":
+            answer_items = list(dict.fromkeys(answer_items))
+        units = {_quantity(item)[1] for item in answer_items}
+        is_ordered = len(units) > 1 and not any(_quantity(item)[1] for item in items)
+        same = self.all_same if is_ordered else self.matches  # 3 boys, 2 girls for 3, 2
+        return same(items, answer_items)
 
     # equations and regions
 
@@ -433,6 +462,25 @@ class _Comparison:
         parts = [self.pieces(part) for part in node[1]]
         return [piece for part in parts for piece in part] if all(parts) else []
 
+    def joined(self, node: tuple, other: tuple) -> tuple:
+        """What relations joined by "and" mean: x > 2 and x < 5 is an interval, x = 1 and x = 2
+        nothing, x = 1 and y = 2 a list."""
+        if node[0] != "both":
+            return node
+        names = {item[1][0] for item in node[1]}
+        if len(names) == 1 and not (other[0] == "list" and all(map(_is_equation, other[1]))):
+            return ("text", "")
+        pieces = [self.inequality(item) for item in node[1]]
+        if any(len(found) != 1 or found[0][0] != pieces[0][0][0] for found in pieces):
+            return ("list", node[1])
+        low, high, *closed = _EVERYTHING[1:]
+        for [(_, (_, start, end, *is_closed))] in pieces:
+            if low == ("neg", _INFINITY) or start != low and self.value(start) > self.value(low):
+                low, closed[0] = start, is_closed[0]
+            if high == _INFINITY or end != high and self.value(end) < self.value(high):
+                high, closed[1] = end, is_closed[1]
+        return ("interval", low, high, *closed)
+
     def inequality(self, node: tuple) -> list[tuple[tuple, tuple]]:
         """x > 2, 2 < x <= 5, x != 3"""
         parts, operators = node[1], node[2]
@@ -460,7 +508,10 @@ class _Comparison:
         """Values with their units: 5 cm is not 5 km; a missing unit is no difference."""
         (gold_value, gold_unit), (value, unit) = _quantity(gold), _quantity(answer)
         if gold_unit and unit:
-            return gold_unit == unit and self.same_value(gold_value, value)
+            is_same = set(gold_unit) - {_UNSURE} == set(unit) - {_UNSURE}
+            return is_same and self.same_value(gold_value, value)
+        if _UNSURE in (*gold_unit, *unit):
+            return False
         if self.same_value(gold_value, value):
             return True
         if (("deg", 1),) in (gold_unit, unit):  # 90 degrees is pi/2
@@ -507,21 +558,38 @@ class _Comparison:
         return self.symbolic(gold, answer)
 
     def agree_everywhere(self, gold: tuple, answer: tuple, names: list[str]) -> bool:
-        """Equal at random points; without an i, at those where all is real: |x| is not x."""
+        """Equal at many points; without an i, at those where all is real: |x| is not x. Where gold
+        holds bars the answer must be real wherever gold is: ln |x| is not ln x."""
         is_complex = _mentions((gold, answer), ("const", "i"))
+        has_bars = _calls(gold, {"abs"})
         for real_only in (False,) if is_complex else (True, False):
             checked = 0
             for point in _points(names, (gold, answer)):
-                try:
-                    g, a = (self.value(node, point, real_only) for node in (gold, answer))
-                except Undefined:
+                g = self.value_at(gold, point, real_only)
+                a = self.value_at(answer, point, real_only) if g is not None else None
+                if has_bars and a is _NOT_REAL and g is not _NOT_REAL:
+                    return False
+                if None in (g, a) or _NOT_REAL in (g, a):
                     continue
                 if not _close(g, a):
                     return False
                 checked += 1
-            if checked >= 2:
+            if checked >= 3:
                 return True
         return False
+
+    def value_at(self, node: tuple, point: dict[str, Fraction], real_only: bool):
+        """None where there is no value, _NOT_REAL where it is complex. Raises TooHard."""
+        try:
+            return self.value(node, point, real_only)
+        except NotReal:
+            return _NOT_REAL
+        except Undefined:
+            return None
+        except TooHard:
+            if self.budget.steps < 0 or contains(node, {"integral"}):
+                raise
+            return None
 
     def proportional(self, gold: tuple, answer: tuple) -> bool:
         """Is gold / answer a non-zero constant?"""
@@ -589,37 +657,70 @@ def _is_rounding(decimal: tuple[Fraction, int] | None, value) -> bool:
     return is_same_sign and -unit / 2 <= error < unit
 
 
+def _places(node: tuple) -> int:
+    """Decimal places of a number as written; the most for what is no decimal."""
+    node = node[1] if node[0] == "neg" else node
+    if node[0] != "num" or node[1].denominator > 10**15:
+        return 15
+    return next(k for k in range(60) if 10**k % node[1].denominator == 0)
+
+
 # ---- points ----
 
 _INTEGER_NAMES = set("nkmNMKjlpqrd")
 _STEPWISE = {"floor", "ceil", "factorial", "binom"}
+_SIZES = (1, 4, 40, 1000, 10**6)
 
 
 def _points(names: list[str], nodes: tuple[tuple, tuple]) -> Iterator[dict[str, Fraction]]:
-    """Random points of both signs and sizes, the same ones every time.
+    """Points of both signs and all sizes, the same ones every time.
 
-    Whole numbers for n, k, ... where floors, factorials or (-1)^n occur."""
+    Where floors, factorials or (-1)^n occur: many whole numbers, small ones of all residues and
+    those beside the numbers of the text; n, k, ... are whole and positive."""
     if len(names) > MAX_VARIABLES:
         raise TooHard("too many variables")
-    whole = any(map(_needs_integers, nodes))
-    for trial in range(6):
-        rng = random.Random(trial)
-        point = {}
-        for name in names:
-            if whole and name in _INTEGER_NAMES:
-                point[name] = Fraction(rng.randint(2, 12) + trial)
-                continue
-            low, high = (50, 950) if trial in (2, 5) else (1000, 4000)
-            size = Fraction(rng.randint(low, high), 997)
-            point[name] = -size if trial % 2 and rng.random() < 0.6 else size
+    rng = random.Random(0)
+    if not _calls(nodes, _STEPWISE) and not _has_signs(nodes):
+        for trial in range(20):
+            point = {}
+            for name in names:
+                size = Fraction(rng.randint(50, 997) * _SIZES[trial % 5], 997)
+                point[name] = -size if trial >= 10 and rng.random() < 0.5 else size
+            yield point
+        return
+    special = sorted(n + step for n in _integers(nodes) for step in (-1, 0, 1) if n + step > 0)
+    small = list(range(1, 111))
+    for trial in range(len(small) + len(special) + 30):
+        pool = [small, special or small, range(1, 10 ** rng.randint(1, 7))][trial % 3]
+        point = {name: Fraction(rng.choice(pool)) for name in names}
+        if len(names) == 1 and trial < len(small) + len(special):
+            point = {names[0]: Fraction((small + special)[trial])}
+        for name in set(names) - _INTEGER_NAMES:
+            point[name] += rng.choice((0, Fraction(rng.randint(1, 996), 997)))
+            point[name] *= rng.choice((1, 1, -1))
         yield point
 
 
-def _needs_integers(node) -> bool:
+def _integers(node) -> set[int]:
+    """The whole numbers that a tree mentions, up to a million."""
+    if not isinstance(node, tuple) or not node:
+        return set()
+    if node[0] == "num":
+        return {int(node[1])} if abs(node[1]) < 10**6 else set()
+    return set().union(*map(_integers, node))
+
+
+def _calls(node, names: set[str]) -> bool:
     if not isinstance(node, tuple) or not node:
         return False
-    if node[0] == "fn" and node[1] in _STEPWISE:
-        return True
+    is_call = node[0] == "fn" and node[1] in names
+    return is_call or any(_calls(child, names) for child in node)
+
+
+def _has_signs(node) -> bool:
+    """(-1)^n"""
+    if not isinstance(node, tuple) or not node:
+        return False
     if node[0] == "pow" and variables(node[2]) and contains(node[1], {"neg"}):
         return True
-    return any(map(_needs_integers, node))
+    return any(map(_has_signs, node))

@@ -10,17 +10,22 @@ from fractions import Fraction
 from mpmath.ctx_mp import MPContext
 
 MAX_BITS = 24_000  # of an exact intermediate value
+MAX_REAL_BITS = 500  # of a fraction beside irrational numbers
 MAX_EXPONENT = 10**6
 MAX_FACTORIAL = 3000  # computed exactly; above it by the gamma function
 MAX_STEPS = 20_000  # of all evaluations for one verdict
 
 SMALL = MPContext()
-SMALL.dps = 40
-ROUNDING = SMALL.mpf(10) ** -25  # relative; what differs by less counts as equal
+SMALL.dps = 120
+ROUNDING = SMALL.mpf(10) ** -80  # relative; what differs by less counts as equal
 
 
 class Undefined(ArithmeticError):
     """No value at this point: division by zero, log 0, infinity."""
+
+
+class NotReal(Undefined):
+    """No real value at this point."""
 
 
 class TooHard(ArithmeticError):
@@ -41,9 +46,13 @@ class Budget:
 
 
 def real(value):
-    """A Fraction as a number of SMALL; other values as they are."""
-    is_exact = isinstance(value, Fraction)
-    return SMALL.mpf(value.numerator) / value.denominator if is_exact else value
+    """A Fraction as a number of SMALL; other values as they are. Raises TooHard for a Fraction that
+    this precision does not tell from its neighbours."""
+    if not isinstance(value, Fraction):
+        return value
+    if _bits(value) > MAX_REAL_BITS:
+        raise TooHard("too many digits")
+    return SMALL.mpf(value.numerator) / value.denominator
 
 
 def is_integer(value) -> bool:
@@ -90,7 +99,7 @@ class Evaluation:
         if not SMALL.isfinite(value):
             raise Undefined("not finite")
         if self.real_only and SMALL.im(value):
-            raise Undefined("not real")
+            raise NotReal("not real")
         return value
 
     def bounded(self, value: Fraction):

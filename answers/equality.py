@@ -4,12 +4,13 @@ What counts as equal (a false accept is worse than a false reject):
     numbers      exact; a decimal stands for a number without finite decimal only when it is that
                  number rounded to 7 or more digits, or cut off there
     percent      9% is 0.09; the gold 9% also accepts 9, the gold 9 does not accept 9%
-    units        a unit missing on one side is no difference; two must be the same, by any
-                 of its names; 90 degrees is 90 and pi/2
+    units        a unit missing on one side is no difference, but a word that may change the number
+                 is one; two must be the same, by any of its names; 90 degrees is 90 and pi/2
     order        (1, 2) is ordered, and neither {1, 2} nor the list 1, 2; lists and sets are not
                  ordered; a repeated item counts
     (1, 2)       is a point, but also the open interval when the other side is one
-    x = 5        is 5; it is not y = 5; a chain whose parts differ (x = 41 = 42) is nothing
+    x = 5        is 5; it is not y = 5; a chain whose parts differ (x = 41 = 42) is nothing; of
+                 10/3 ~ 3.3 the exact part counts
     equations    equal up to a constant factor; inequalities of one variable as sets
     matrices     entry by entry; a row, a column and a tuple are the same vector
     letters      x is not X; words are compared without case
@@ -46,7 +47,8 @@ ROUNDED_DIGITS = 7  # so many significant digits, correctly rounded, stand for a
 
 _REALS = ("var", "mathbb R")
 _INFINITY = ("const", "inf")
-_EVERYTHING = ("interval", ("neg", _INFINITY), _INFINITY, False, False)
+_MINUS = ("neg", _INFINITY)
+_EVERYTHING = ("interval", _MINUS, _INFINITY, False, False)
 
 
 _NOT_REAL = object()
@@ -70,7 +72,7 @@ def compare(
     """
     if max(len(gold), len(answer)) > 4 * MAX_CHARS:
         return "unparsable"
-    gold, answer = extract_boxed(gold) or gold, extract_boxed(answer) or answer
+    gold, answer = _unboxed(gold), _unboxed(answer)
     comparison = _Comparison(symbolic)
     try:
         gold_node = read(gold)
@@ -93,10 +95,15 @@ def compare(
         return "wrong"
 
 
+def _unboxed(text: str) -> str:
+    is_box = re.match(r"[\s$]{0,9}\\(?:boxed|fbox|framebox)", text)
+    return is_box and extract_boxed(text) or text
+
+
 def check_gold(gold: str) -> None:
     """Raises ValueError when gold cannot be read as an answer: nothing could ever be right."""
     try:
-        read(extract_boxed(gold) or gold)
+        read(_unboxed(gold))
     except NotMath as error:
         raise ValueError(f"gold answer {gold[:80]!r} cannot be read: {error}") from None
 
@@ -259,7 +266,7 @@ class _Comparison:
         return Evaluation(self.budget, point or {}, real_only).value(node)
 
     def same(self, gold: tuple, answer: tuple) -> bool:
-        self.budget.spend(1)  # nested chains of equations would take exponential time
+        self.budget.spend(5)  # nested chains of equations would take exponential time
         if gold == answer or {gold, answer} == {_REALS, ("var", "R")}:
             return True
         gold, answer = self.joined(gold, answer), self.joined(answer, gold)
@@ -467,17 +474,18 @@ class _Comparison:
         nothing, x = 1 and y = 2 a list."""
         if node[0] != "both":
             return node
-        names = {item[1][0] for item in node[1]}
-        if len(names) == 1 and not (other[0] == "list" and all(map(_is_equation, other[1]))):
-            return ("text", "")
+        if all(map(_is_equation, node[1])):
+            names = {item[1][0] for item in node[1]}
+            is_alike = other[0] == "list" and all(map(_is_equation, other[1]))
+            return ("text", "") if len(names) == 1 and not is_alike else ("list", node[1])
         pieces = [self.inequality(item) for item in node[1]]
         if any(len(found) != 1 or found[0][0] != pieces[0][0][0] for found in pieces):
             return ("list", node[1])
         low, high, *closed = _EVERYTHING[1:]
         for [(_, (_, start, end, *is_closed))] in pieces:
-            if low == ("neg", _INFINITY) or start != low and self.value(start) > self.value(low):
+            if start != _MINUS and (low == _MINUS or self.value(start) > self.value(low)):
                 low, closed[0] = start, is_closed[0]
-            if high == _INFINITY or end != high and self.value(end) < self.value(high):
+            if end != _INFINITY and (high == _INFINITY or self.value(end) < self.value(high)):
                 high, closed[1] = end, is_closed[1]
         return ("interval", low, high, *closed)
 

@@ -208,7 +208,8 @@ class Evaluation:
 
     def _fn(self, name, arguments):
         values = [self.value(node) for node in arguments]
-        self.budget.spend(5 if all(isinstance(value, Fraction) for value in values) else 25)
+        is_exact = name in _EXACT and all(isinstance(value, Fraction) for value in values)
+        self.budget.spend(5 if is_exact or name in ("floor", "ceil") else 40)
         method = getattr(self, "fn_" + name, None)
         if method is not None:
             try:
@@ -272,6 +273,7 @@ class Evaluation:
         return SMALL.binomial(*(self.small(real(value), 10**6) for value in (n, k)))
 
 
+_EXACT = {"abs", "root", "factorial", "binom"}
 _CONSTANTS = {"pi": +SMALL.pi, "e": +SMALL.e, "i": SMALL.j}
 _ANALYTIC = {
     "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh"

@@ -202,7 +202,7 @@ def _behind_phrase(text: str, phrase: re.Match) -> str | None:
     rest = text[phrase.end() :].lstrip(" \t\n:*#_")
     rest = _one_line(_ADVERB.sub("", rest, count=1) if _ADVERB.match(rest) else rest)
     end = _SENTENCE_END.search(rest)
-    sentence, behind = (rest[: end.start()], rest[end.end() :]) if end else (rest, "")
+    sentence, behind = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
     sentence = _AFTERTHOUGHT.split(sentence, maxsplit=1)[0] or sentence
     is_doubted = _DOUBT.search(before.rpartition(";")[2]) or _WITHDRAWN.search(behind)
     if is_doubted or not sentence.isalpha() and _MORE_VALUES.fullmatch(behind[:200]):
@@ -218,7 +218,7 @@ def _one_line(text: str) -> str:
 
 def _last_sentence(text: str) -> str:
     text = _one_line(text[-4000:]).replace("\\(", "$").replace("\\)", "$").strip(' \t\n*_`"')
-    return [s for s in _SENTENCE_END.split(text) if s.strip(" *_`")][-1:][0] if text else ""
+    return next((s for s in reversed(_SENTENCE_END.split(text)) if s.strip(" *_`")), "")
 
 
 def _stated(sentence: str) -> str | None:

@@ -621,7 +621,7 @@ class _Parser:
         if value.startswith("\\begin{"):
             return self.matrix(value[7:-1])
         if name in _ACCENTS:
-            return self.variable(f"{name} {self.argument()}")
+            return self.variable(f"{name} {self.subscript()}")
         if name in ("angle", "triangle"):
             return ("text", name)
         if name in _GREEK:

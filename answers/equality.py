@@ -37,6 +37,7 @@ from answers.evaluation import (
     is_integer,
     real,
     variables,
+    walk,
 )
 from answers.extract import extract_boxed
 from answers.latex import FUNCTIONS, GREEK_WORDS, MAX_CHARS, NotMath, parse
@@ -244,12 +245,6 @@ def _quantity(node: tuple) -> tuple[tuple, tuple]:
 
 def _percent(node: tuple) -> tuple | None:
     return node[1] if node[0] == "pct" else None
-
-
-def _mentions(node, wanted: tuple) -> bool:
-    return node == wanted or (
-        isinstance(node, tuple) and any(_mentions(child, wanted) for child in node)
-    )
 
 
 # ---- the comparison ----
@@ -471,23 +466,19 @@ class _Comparison:
 
     def joined(self, node: tuple, other: tuple) -> tuple:
         """What relations joined by "and" mean: x > 2 and x < 5 is an interval, x = 1 and x = 2
-        nothing, x = 1 and y = 2 a list."""
+        nothing beside mere values, x = 1 and y = 2 a list."""
         if node[0] != "both":
             return node
         if all(map(_is_equation, node[1])):
-            names = {item[1][0] for item in node[1]}
+            is_one = len({item[1][0] for item in node[1]}) == 1
             is_alike = other[0] == "list" and all(map(_is_equation, other[1]))
-            return ("text", "") if len(names) == 1 and not is_alike else ("list", node[1])
-        pieces = [self.inequality(item) for item in node[1]]
-        if any(len(found) != 1 or found[0][0] != pieces[0][0][0] for found in pieces):
-            return ("list", node[1])
-        low, high, *closed = _EVERYTHING[1:]
-        for [(_, (_, start, end, *is_closed))] in pieces:
-            if start != _MINUS and (low == _MINUS or self.value(start) > self.value(low)):
-                low, closed[0] = start, is_closed[0]
-            if end != _INFINITY and (high == _INFINITY or self.value(end) < self.value(high)):
-                high, closed[1] = end, is_closed[1]
-        return ("interval", low, high, *closed)
+            return ("text", "") if is_one and not is_alike else ("list", node[1])
+        pieces = [piece for item in node[1] for _, piece in self.inequality(item)]
+        below = [piece for piece in pieces if piece[1] == _MINUS]
+        above = [piece for piece in pieces if piece[2] == _INFINITY]
+        if len(pieces) != 2 or len(node[1]) != 2 or len(below) != 1 or len(above) != 1:
+            return ("list", node[1]) if len(pieces) != 2 else ("text", "")
+        return ("interval", above[0][1], below[0][2], above[0][3], below[0][4])
 
     def inequality(self, node: tuple) -> list[tuple[tuple, tuple]]:
         """x > 2, 2 < x <= 5, x != 3"""
@@ -568,7 +559,7 @@ class _Comparison:
     def agree_everywhere(self, gold: tuple, answer: tuple, names: list[str]) -> bool:
         """Equal at many points; without an i, at those where all is real: |x| is not x. Where gold
         holds bars the answer must be real wherever gold is: ln |x| is not ln x."""
-        is_complex = _mentions((gold, answer), ("const", "i"))
+        is_complex = ("const", "i") in walk((gold, answer))
         has_bars = _calls(gold, {"abs"})
         for real_only in (False,) if is_complex else (True, False):
             checked = 0
@@ -688,7 +679,7 @@ def _points(names: list[str], nodes: tuple[tuple, tuple]) -> Iterator[dict[str, 
     if len(names) > MAX_VARIABLES:
         raise TooHard("too many variables")
     rng = random.Random(0)
-    if not _calls(nodes, _STEPWISE) and not _has_signs(nodes):
+    if not _calls(nodes, _STEPWISE) and not any(map(_is_alternating, walk(nodes))):
         for trial in range(20):
             point = {}
             for name in names:
@@ -696,7 +687,8 @@ def _points(names: list[str], nodes: tuple[tuple, tuple]) -> Iterator[dict[str, 
                 point[name] = -size if trial >= 10 and rng.random() < 0.5 else size
             yield point
         return
-    special = sorted(n + step for n in _integers(nodes) for step in (-1, 0, 1) if n + step > 0)
+    numbers = {int(node[1]) for node in walk(nodes) if node[0] == "num" and abs(node[1]) < 10**6}
+    special = sorted(n + step for n in numbers for step in (-1, 0, 1) if n + step > 0)
     small = list(range(1, 111))
     for trial in range(len(small) + len(special) + 30):
         pool = [small, special or small, range(1, 10 ** rng.randint(1, 7))][trial % 3]
@@ -709,26 +701,10 @@ def _points(names: list[str], nodes: tuple[tuple, tuple]) -> Iterator[dict[str, 
         yield point
 
 
-def _integers(node) -> set[int]:
-    """The whole numbers that a tree mentions, up to a million."""
-    if not isinstance(node, tuple) or not node:
-        return set()
-    if node[0] == "num":
-        return {int(node[1])} if abs(node[1]) < 10**6 else set()
-    return set().union(*map(_integers, node))
+def _calls(nodes, names: set[str]) -> bool:
+    return any(node[0] == "fn" and node[1] in names for node in walk(nodes))
 
 
-def _calls(node, names: set[str]) -> bool:
-    if not isinstance(node, tuple) or not node:
-        return False
-    is_call = node[0] == "fn" and node[1] in names
-    return is_call or any(_calls(child, names) for child in node)
-
-
-def _has_signs(node) -> bool:
+def _is_alternating(node: tuple) -> bool:
     """(-1)^n"""
-    if not isinstance(node, tuple) or not node:
-        return False
-    if node[0] == "pow" and variables(node[2]) and contains(node[1], {"neg"}):
-        return True
-    return any(map(_has_signs, node))
+    return node[0] == "pow" and bool(variables(node[2])) and contains(node[1], {"neg"})

@@ -5,6 +5,7 @@ The caps are checked before anything is computed, so that no text exhausts memor
 
 import math
 import operator
+from collections.abc import Iterator
 from fractions import Fraction
 
 from mpmath.ctx_mp import MPContext
@@ -59,22 +60,25 @@ def is_integer(value) -> bool:
     return isinstance(value, Fraction) and value.denominator == 1
 
 
+def walk(node: tuple) -> Iterator[tuple]:
+    """Every node of a tree, or of a tuple of trees."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, tuple) and node:
+            stack += node
+            if isinstance(node[0], str):
+                yield node
+
+
 def variables(node) -> set[str]:
     """Names of the free variables."""
-    if not isinstance(node, tuple):
-        return set()
-    if node and node[0] == "var":
-        return {node[1]}
-    if node and node[0] == "integral":
-        _, variable, low, high, body = node
-        return variables(body) - {variable} | variables((low, high))
-    return set().union(*(variables(child) for child in node)) if node else set()
+    bound = {found[1] for found in walk(node) if found[0] == "integral"}
+    return {found[1] for found in walk(node) if found[0] == "var"} - bound
 
 
 def contains(node, kinds: set[str]) -> bool:
-    if not isinstance(node, tuple) or not node:
-        return False
-    return node[0] in kinds or any(contains(child, kinds) for child in node)
+    return any(found[0] in kinds for found in walk(node))
 
 
 class Evaluation:

@@ -96,7 +96,13 @@ def compare(
         return "wrong"
 
 
+_DOUBLED, _SINGLE = re.compile(r"\\\\[A-Za-z]{2,}"), re.compile(r"(?<!\\)\\(?!\\)")
+
+
 def _unboxed(text: str) -> str:
+    """The content of a box; backslashes doubled by an escape are made single."""
+    if _DOUBLED.search(text) and not _SINGLE.search(text):
+        text = text.replace("\\\\", "\\")
     is_box = re.match(r"[\s$]{0,9}\\(?:boxed|fbox|framebox)", text)
     return is_box and extract_boxed(text) or text
 
@@ -125,7 +131,8 @@ _COMMAND = re.compile(
 )
 _LEAD_IN = re.compile(
     r"\s*(?:\\text\{)?(?:the )?(?:final |correct )?"
-    r"(?:answer(?: is\b|:)|(?:option|choice)\b) ?\}? ?(?=.)",
+    r"(?:answer(?: is\b|:)|(?:option|choice)\b(?= ?\}? ?\(?[A-J]\b)) ?\}? ?(?=.)"
+    r"|[\s$]*[A-Za-z]{1,3}(?:_\{?\w\}?)? ?: ?[A-Za-z]{1,3}(?:_\{?\w\}?)? ?= ?",  # AB : BC = 3 : 4
     re.IGNORECASE,
 )
 _TIME = re.compile(r"(\d{1,2}(?::\d{2})?) ?([ap])\.?m")
@@ -202,6 +209,17 @@ def _assigns(node: tuple) -> bool:
     return len(names) > 1 and all(map(_is_name, names))
 
 
+def _grouped(node: tuple) -> tuple:
+    """p = 3, q = 2; p = 5, q = 4 as a list of tuples."""
+    if node[0] != "list" or not all(map(_is_equation, node[1])):
+        return node
+    names, values = zip(*(item[1] for item in node[1]), strict=True)
+    n = len(set(names))
+    if not 1 < n < len(names) or names != (names[:n] * len(names))[: len(names)]:
+        return node
+    return ("list", tuple(("tuple", values[i : i + n]) for i in range(0, len(names), n)))
+
+
 def _has_sign(node: tuple) -> bool:
     return contains(node, {"pm", "mp"})
 
@@ -265,6 +283,7 @@ class _Comparison:
         if gold == answer or {gold, answer} == {_REALS, ("var", "R")}:
             return True
         gold, answer = self.joined(gold, answer), self.joined(answer, gold)
+        gold, answer = _grouped(gold), _grouped(answer)
         kinds = {gold[0], answer[0]}
         if "text" in kinds:
             return False

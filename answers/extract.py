@@ -48,20 +48,20 @@ _DOUBT = re.compile(
 _LOWER_CHOICE = re.compile(r"\(?[a-d]\)?")
 _WITHDRAWN = re.compile(
     r"\?\s{0,9}No\b|\b(?:wait|sorry|oops|actually|alternatively|on reflection|correction)\b"
-    r"|\b(?:could|may|might) (?:also )?be\b|\b(?:that|this|it) (?:is|was) (?:wrong|incorrect)",
+    r"|\b(?:could|might) (?:also )?be\b|\b(?:that|this|it|which) (?:is|was) (?:wrong|incorrect)",
     re.IGNORECASE,
 )
 _MORE_VALUES = re.compile(r"\W*(?:(?:and|or|also)\W+)*\\?[\d\W]*\d[\d\W]*")
 _VERB = re.compile(
-    r"(?:^|\s)(?:is|are|was|were|be|equals?|gets?|gives?|giving|have|has|had|makes?|pays?|costs?"
+    r"(?:^|(?<!\bor)\s)(?:is|are|was|were|be|equals?|gets?|gives?|giving|have|has|had|makes?|pays?|costs?"
     r"|earns?|needs?|takes?|obtain|find|yields?|contains?|(?:increases|decreases|grew|rose|fell) by"
     r"|result|so|thus|hence|then|therefore|it's)(?:\s*:)?,?\s+",
     re.IGNORECASE,
 )
 _LEAD_IN = re.compile(
-    r"(?:(?:the|an?|our|about|approximately|roughly|exactly|just|only|simply|equal|to|in|total|values?"
-    r"|solutions?|interval|point|pair|ordered|set|option|choice|result|we|it|there|of|ratio|final"
-    r"|probability|area|length|sum|number)\b[\s,:]+|[:=]\s*)+"
+    r"(?:(?:the|an?|our|about|approximately|roughly|exactly|just|only|simply|equal|to|in|total of"
+    r"|total|values?|solutions?|interval(?= \W)|point(?= [($\\])|pair|ordered|set|option(?= \(?[A-J])"
+    r"|result|we|it|there|ratio|final|probability|area|length)\b[\s,:]+|[:=]\s*){1,20}"
 )
 _CHANGING = re.compile(
     r"\d|\\(?!\()|\b(?:than|least|most|half|twice|double|times|minus|negative|plus|roots?|squared?"
@@ -204,7 +204,8 @@ def _behind_phrase(text: str, phrase: re.Match) -> str | None:
     end = _SENTENCE_END.search(rest)
     sentence, behind = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
     sentence = _AFTERTHOUGHT.split(sentence, maxsplit=1)[0] or sentence
-    is_doubted = _DOUBT.search(before.rpartition(";")[2]) or _WITHDRAWN.search(behind)
+    withdrawn = _WITHDRAWN.search(rest, len(sentence))
+    is_doubted = _DOUBT.search(before.rpartition(";")[2]) or withdrawn
     if is_doubted or not sentence.isalpha() and _MORE_VALUES.fullmatch(behind[:200]):
         return None
     value = _value(sentence) or None

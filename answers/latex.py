@@ -70,7 +70,9 @@ def normalise(text: str) -> str:
         raise NotMath(f"longer than {MAX_CHARS} characters")
     if not text.isascii():
         text = _fold_unicode(text)
-    text = " ".join(text.replace("~", " ").replace("np.", "").split())  # np.sqrt(2)
+    text = " ".join(
+        text.replace("~", " ").replace("np.", "").replace("\\quad", " ").split()
+    )  # np.sqrt(2)
     if text.startswith(("**", "`")):  # Markdown
         text = text.strip("*`")
     text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
@@ -165,7 +167,7 @@ _FILLER = _words(
 _CHANGING = _words(  # beside a number they make another one of it
     "hundred hundreds thousand thousands million millions billion billions dozen dozens score"
     " half halves quarter quarters times less fewer more than as does percent percents per no or"
-    " over root power square squares cubes tens units ones plus"
+    " over root roots gross basis power square squares cubes tens units ones plus"
 )
 _FRACTION = re.compile(r"(?!month)[a-z]+(?:th|rd|nd)s?")
 _WHOLE_WORDS = {word for word in _FILLER if len(word) > 1} | {"per", "sq"}
@@ -501,6 +503,12 @@ class _Parser:
             return ("const", name)
         if self.accept("_"):
             name += "_" + self.subscript()
+        kinds = [token[0] for token in self.tokens[self.position : self.position + 5]]
+        if name == "C" and kinds == ["sign", "number", "sign", "number", "sign"]:  # C(10, 3)
+            pair = self.atom()
+            return (
+                ("fn", "binom", pair[1]) if pair[0] == "tuple" else product([("var", name), pair])
+            )
         if [self.peek(ahead) for ahead in range(3)] == ["(", "0", ")"]:  # I(0) is no product
             self.position += 3
             name += "(0)"

@@ -396,10 +396,8 @@ class _Comparison:
         except ArithmeticError:
             return None
         errors = [abs(value - values[0]) for value in values[1:]]
-        is_near = (
-            error < 10.0**-place + 1e-9 * abs(values[0])
-            for error, place in zip(errors, places, strict=True)
-        )
+        bounds = [max(0.999 * 10.0**-place, 1e-12 * abs(values[0])) for place in places]
+        is_near = (error < bound for error, bound in zip(errors, bounds, strict=True))
         return exact if all(is_near) else None
 
     def same_named(self, gold: tuple, answer: tuple) -> bool:

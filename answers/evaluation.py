@@ -11,14 +11,14 @@ from fractions import Fraction
 from mpmath.ctx_mp import MPContext
 
 MAX_BITS = 24_000  # of an exact intermediate value
-MAX_REAL_BITS = 500  # of a fraction beside irrational numbers
+MAX_REAL_BITS = 400  # of a fraction beside irrational numbers
 MAX_EXPONENT = 10**6
 MAX_FACTORIAL = 3000  # computed exactly; above it by the gamma function
 MAX_STEPS = 20_000  # of all evaluations for one verdict
 
 SMALL = MPContext()
-SMALL.dps = 120
-ROUNDING = SMALL.mpf(10) ** -80  # relative; what differs by less counts as equal
+SMALL.dps = 150
+ROUNDING = SMALL.mpf(10) ** -130  # relative; what differs by less counts as equal
 
 
 class Undefined(ArithmeticError):
@@ -206,8 +206,8 @@ class Evaluation:
         return SMALL.exp(e * log)
 
     def small(self, value, limit=10**15):
-        if abs(value) > limit:
-            raise TooHard("too large")
+        if abs(value) > limit or 0 < abs(value) < 1e-50:
+            raise TooHard("too large or too small")
         return value
 
     def _fn(self, name, arguments):

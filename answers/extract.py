@@ -15,8 +15,11 @@ _JOINT = re.compile(
 )
 _PERCENT_BEHIND = re.compile(r"\s{0,9}(?:\$|\\\)|\\\])?\s{0,9}(?:\\?%(?! of)|percent\b|pct\b)")
 _CHANGED_BEHIND = re.compile(
-    r"[a-z](?=[-+^])|\s{0,9}(?:/\s?\d|\^\{?[\da-z]|\\(?:pi|cdot|times|sqrt)\b|\$? ?or\s"
+    r"[a-z](?=[-+^])|!\$|\s{0,9}(?:/\s?\d|\^\{?[\da-z]|\\(?:pi|cdot|times|sqrt)\b|\$? ?or\s"
     r"|(?:\\text\{)?\s?(?:hundred|thousand|million|billion|dozen)\b)"
+)
+_CHANGED_BEFORE = re.compile(
+    r"[\w)}]\s?[-+]$|[/^\d]$|(?:\bnot|\bcannot be|n't|\\neq?|\\not)\W{0,4}$", re.IGNORECASE
 )
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _HASHES = re.compile(r"####(?!#)[ \t]*(?!\W*(?:[A-Z][a-z]+ ){0,3}[A-Z]?[a-z]+ *\d*:?\**\n)([^\n]+)")
@@ -47,7 +50,8 @@ _DOUBT = re.compile(
 )
 _LOWER_CHOICE = re.compile(r"\(?[a-d]\)?")
 _WITHDRAWN = re.compile(
-    r"\?\s{0,9}No\b|\b(?:wait|sorry|oops|actually|alternatively|on reflection|correction)\b"
+    r"\?\s{0,9}(?:no|or)\b|^\W{0,9}(?:is|was) (?:wrong|incorrect|not)\b"
+    r"|\b(?:wait|sorry|oops|actually|alternatively|on reflection|correction)\b"
     r"|\b(?:could|might) (?:also )?be\b|\b(?:that|this|it|which) (?:is|was) (?:wrong|incorrect)",
     re.IGNORECASE,
 )
@@ -60,8 +64,9 @@ _VERB = re.compile(
 )
 _LEAD_IN = re.compile(
     r"(?:(?:the|an?|our|about|approximately|roughly|exactly|just|only|simply|equal|to|in|total of"
-    r"|total|values?|solutions?|interval(?= \W)|point(?= [($\\])|pair|ordered|set|option(?= \(?[A-J])"
-    r"|result|we|it|there|ratio|final|probability|area|length)\b[\s,:]+|[:=]\s*){1,20}"
+    r"|total|values?|solutions?|interval(?= \W)|point(?= [($\\])|pair|ordered|set"
+    r"|option(?= \(?[A-J])|result|we|it|there|ratio|final|probability|area"
+    r"|length)\b[\s,:]+|[:=]\s*){1,20}"
 )
 _CHANGING = re.compile(
     r"\d|\\(?!\()|\b(?:than|least|most|half|twice|double|times|minus|negative|plus|roots?|squared?"
@@ -164,16 +169,10 @@ def _joined(text: str, boxes: list[tuple[int, int, int]]) -> str | None:
     while first and _is_joint(text[boxes[first - 1][2] + 1 : boxes[first][0]]):
         first -= 1
     contents = [text[start:end].strip() for _, start, end in boxes[first:]]
-    before, behind = text[: boxes[first][0]][-3:], text[boxes[-1][2] + 1 :][:40]
-    if (
-        not contents[-1]
-        or re.search(r"[\w)}]\s?\+$|[/^]$", before)
-        or _CHANGED_BEHIND.match(behind)
-    ):
+    before, behind = text[: boxes[first][0]][-12:], text[boxes[-1][2] + 1 :][:40]
+    if not contents[-1] or _CHANGED_BEFORE.search(before) or _CHANGED_BEHIND.match(behind):
         return None
     is_negative = re.search(r"[^-\n]-$", before)
-    if re.search(r"[\w)}]\s?-$", before):
-        return None
     is_percent = len(contents) == 1 and _PERCENT_BEHIND.match(behind) and "%" not in contents[0]
     joined = ", ".join(dict.fromkeys(contents)) + ("\\%" if is_percent else "")
     return f"-({joined})" if is_negative else joined

@@ -179,7 +179,7 @@ def judge(response: str, numbers: Sequence[int], target: int | Fraction) -> tupl
     """
     response = final_part(response).replace("\\boxed{}", "")
     marked = extract_tagged(response)
-    marked = extract_boxed(response) if marked is None else marked
+    marked = extract_boxed(response if marked is None else marked) or marked
     response = response if marked is None else marked
     reason, text = _judged(response, numbers, target)
     if reason in ("correct", "no_answer"):

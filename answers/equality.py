@@ -119,7 +119,8 @@ def check_gold(gold: str) -> None:
 
 # a multiple-choice letter with its text, "(C) 42" or "C. 42"; and the label alone, to be dropped
 _LABELLED = re.compile(
-    r"[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{)?\(?([A-J])[).:](?!.*(?<!\w)[A-J](?:[).:,]|[\s}$]*$))[\s}.:~\\$]*"
+    r"[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{)?\(?([A-J])[).:]"
+    r"(?!.*(?<!\w)[A-J](?:[).:,]|[\s}$]*$))[\s}.:~\\$]*"
     r"(?![-+*/^=_,\s}]|\\[ct])\S"
 )
 _LABEL = re.compile(

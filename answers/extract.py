@@ -45,7 +45,7 @@ _TAIL = re.compile(
 )
 _DOUBT = re.compile(
     r"\b(?:not|cannot|never|wrong|incorrect|unless|except|impossible|unlikely|tempting|mistaken"
-    r"|extraneous|invalid|false|mis[a-z]+|might|may|doubt|suppose|if|guess)\b|n't\b",
+    r"|extraneous|invalid|false|misread|might|may|doubt|suppose|if|guess)\b|n't\b",
     re.IGNORECASE,
 )
 _LOWER_CHOICE = re.compile(r"\(?[a-d]\)?")
@@ -57,9 +57,9 @@ _WITHDRAWN = re.compile(
 )
 _MORE_VALUES = re.compile(r"\W*(?:(?:and|or|also)\W+)*\\?[\d\W]*\d[\d\W]*")
 _VERB = re.compile(
-    r"(?:^|(?<!\bor)\s)(?:is|are|was|were|be|equals?|gets?|gives?|giving|have|has|had|makes?|pays?|costs?"
-    r"|earns?|needs?|takes?|obtain|find|yields?|contains?|(?:increases|decreases|grew|rose|fell) by"
-    r"|result|so|thus|hence|then|therefore|it's)(?:\s*:)?,?\s+",
+    r"(?:^|(?<!\bor)\s)(?:is|are|was|were|be|equals?|gets?|gives?|giving|have|has|had|makes?|pays?"
+    r"|costs?|earns?|needs?|takes?|obtain|find|yields?|contains?|result"
+    r"|(?:increases|decreases|grew|rose|fell) by|so|thus|hence|then|therefore|it's)(?:\s*:)?,?\s+",
     re.IGNORECASE,
 )
 _LEAD_IN = re.compile(

@@ -70,9 +70,8 @@ def normalise(text: str) -> str:
         raise NotMath(f"longer than {MAX_CHARS} characters")
     if not text.isascii():
         text = _fold_unicode(text)
-    text = " ".join(
-        text.replace("~", " ").replace("np.", "").replace("\\quad", " ").split()
-    )  # np.sqrt(2)
+    text = text.replace("~", " ").replace("\\quad", " ")
+    text = " ".join(text.replace("np.", "").split())  # np.sqrt(2)
     if text.startswith(("**", "`")):  # Markdown
         text = text.strip("*`")
     text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
@@ -346,8 +345,7 @@ class _Parser:
             while self.accept(*_JOINTS):  # "1, 2, and 3"
                 pass
             items.append(self.joined_sets(self.relation))
-        are_relations = all(item[0] == "rel" for item in items)
-        kind = joint if are_relations else "list"
+        kind = joint if all(item[0] == "rel" for item in items) else "list"
         return items[0] if len(items) == 1 else (kind, tuple(items))
 
     def items(self, *separators: str) -> list[tuple]:
@@ -503,12 +501,9 @@ class _Parser:
             return ("const", name)
         if self.accept("_"):
             name += "_" + self.subscript()
-        kinds = [token[0] for token in self.tokens[self.position : self.position + 5]]
-        if name == "C" and kinds == ["sign", "number", "sign", "number", "sign"]:  # C(10, 3)
-            pair = self.atom()
-            return (
-                ("fn", "binom", pair[1]) if pair[0] == "tuple" else product([("var", name), pair])
-            )
+        call = [v if k == "sign" else k for k, v in self.tokens[self.position : self.position + 5]]
+        if name == "C" and call == ["(", "number", ",", "number", ")"]:  # C(10, 3)
+            return ("fn", "binom", self.atom()[1])
         if [self.peek(ahead) for ahead in range(3)] == ["(", "0", ")"]:  # I(0) is no product
             self.position += 3
             name += "(0)"

@@ -168,7 +168,10 @@ _CHANGING = _words(  # beside a number they make another one of it
     " half halves quarter quarters times less fewer more than as does percent percents per no or"
     " over root roots gross basis power square squares cubes tens units ones plus"
 )
-_FRACTION = re.compile(r"(?!month)[a-z]+(?:th|rd|nd)s?")
+_FRACTION = re.compile(
+    r"(?:third|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand"
+    r"|[mb]illion)th)s"
+)
 _WHOLE_WORDS = {word for word in _FILLER if len(word) > 1} | {"per", "sq"}
 _UNIT_CARRIERS = (")", "}", "\\pi")  # a unit may follow, as after a number
 

@@ -193,7 +193,7 @@ def test_budget_is_shared():
 def test_lost_term():
     """Would call e^350 + 1 equal to e^350, as 150 digits do not hold the difference."""
     for text in ("e^{350}+1", "2^{60000}-1", "\\pi+10^{-150}"):
-        with pytest.raises(Undefined):
+        with pytest.raises((Undefined, TooHard)):
             value(text)
 
 

@@ -486,13 +486,12 @@ class _Comparison:
 
     def joined(self, node: tuple, other: tuple) -> tuple:
         """What relations joined by "and" mean: x > 2 and x < 5 is an interval, x = 1 and x = 2
-        nothing beside mere values, x = 1 and y = 2 a list."""
+        the list 1, 2 but no set, x = 1 and y = 2 a list."""
         if node[0] != "both":
             return node
         if all(map(_is_equation, node[1])):
             is_one = len({item[1][0] for item in node[1]}) == 1
-            is_alike = other[0] == "list" and all(map(_is_equation, other[1]))
-            return ("text", "") if is_one and not is_alike else ("list", node[1])
+            return ("text", "") if is_one and other[0] != "list" else ("list", node[1])
         pieces = [piece for item in node[1] for _, piece in self.inequality(item)]
         below = [piece for piece in pieces if piece[1] == _MINUS]
         above = [piece for piece in pieces if piece[2] == _INFINITY]

@@ -40,7 +40,8 @@ _AFTERTHOUGHT = re.compile(
 _CONTRAST = re.compile(r", (?:and |but )?not [^,;]*$")
 _CLAUSE = re.compile(r"(?<=\d) ([a-z ]*[a-z]s) (?:that|who|to|in|of|for|such that) [^\d]*$")
 _TAIL = re.compile(
-    r"(?:,? (?:in total|in all|altogether|left|remaining|now|every day)"
+    r"(?:,? (?:in total|in all|altogether|left|remaining|now"
+    r"|(?:an?|per|each|every|this) (?:day|week|month|year|hour|minute))"
     r"| is (?:it|(?:the|our|my) (?:final |correct )?answer)){1,3}$"
 )
 _DOUBT = re.compile(
@@ -58,7 +59,7 @@ _WITHDRAWN = re.compile(
 _MORE_VALUES = re.compile(r"\W*(?:(?:and|or|also)\W+)*\\?[\d\W]*\d[\d\W]*")
 _VERB = re.compile(
     r"(?:^|(?<!\bor)\s)(?:is|are|was|were|be|equals?|gets?|gives?|giving|have|has|had|makes?|pays?"
-    r"|costs?|earns?|needs?|takes?|obtain|find|yields?|contains?|result"
+    r"|paid|costs?|earns?|earned|needs?|runs?|sold|spent|bought|takes?|obtain|find|yields?|contains?|result"
     r"|(?:increases|decreases|grew|rose|fell) by|so|thus|hence|then|therefore|it's)(?:\s*:)?,?\s+",
     re.IGNORECASE,
 )
@@ -106,7 +107,7 @@ def extract_answer(text: str) -> str | None:
     box = boxes[-1][0] if boxes else -1
     last = max(tag, box, *starts)
     if last < 0:
-        return _stated(_last_sentence(text))
+        return None if text.endswith("?") else _stated(_last_sentence(text))
     if tag >= 0 and (last == tag or last > tag and last < tag + len(inner)):
         text = text[: text.find(inner, tag) + len(inner)]
         if last == tag:

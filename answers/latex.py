@@ -504,9 +504,6 @@ class _Parser:
             return ("const", name)
         if self.accept("_"):
             name += "_" + self.subscript()
-        call = [v if k == "sign" else k for k, v in self.tokens[self.position : self.position + 5]]
-        if name == "C" and call == ["(", "number", ",", "number", ")"]:  # C(10, 3)
-            return ("fn", "binom", self.atom()[1])
         if [self.peek(ahead) for ahead in range(3)] == ["(", "0", ")"]:  # I(0) is no product
             self.position += 3
             name += "(0)"

@@ -189,22 +189,16 @@ def _is_equation(node: tuple) -> bool:
     return node[0] == "rel" and node[2] == ("=",)
 
 
-def _is_inequality(node: tuple) -> bool:
-    return node[0] == "rel" and len(node[2]) == 1 and node[2][0][0] in "<>!"
-
-
 def _is_name(node: tuple) -> bool:
-    """Something that an equation gives a value to: x, m_max, AB, f(2), N/M, |PQ|, the area."""
+    """Something that an equation gives a value to: x, m_max, AB, f(2), (x, y), the area."""
     kind = node[0]
     if kind == "mul":
         first, *rest = node[1]
         is_call = first[0] == "var" and first[1] in _FUNCTION_NAMES and len(rest) == 1
         return all(map(_is_name, node[1])) or is_call and rest[0][0] != "inv"
-    if kind == "fn":
-        return node[1] in ("abs", "max", "min") and all(map(_is_name, node[2]))
     if kind == "tuple":
         return all(map(_is_name, node[1]))
-    return kind in ("var", "text") or kind == "inv" and _is_name(node[1])
+    return kind in ("var", "text")
 
 
 def _assigns(node: tuple) -> bool:
@@ -238,9 +232,13 @@ def _items(node: tuple) -> list[tuple]:
     return items
 
 
-def _difference(relation: tuple) -> tuple:
-    left, right = relation[1]
-    return ("add", (left, ("neg", right)))
+def _joined(node: tuple, other: tuple) -> tuple:
+    """What "and" means: x = 1 and y = 2 is a list, x = 1 and x = 2 the list 1, 2 but no set."""
+    if node[0] != "both":
+        return node
+    is_one = len({item[1][0] for item in node[1]}) == 1
+    is_list = all(map(_is_equation, node[1])) and (not is_one or other[0] == "list")
+    return ("list", node[1]) if is_list else ("text", "")
 
 
 def _quantity(node: tuple) -> tuple[tuple, tuple]:
@@ -270,11 +268,11 @@ class _Comparison:
         self.budget.spend(5)  # nested chains of equations would take exponential time
         if gold == answer or {gold, answer} == {_REALS, ("var", "R")}:
             return True
-        gold, answer = self.joined(gold, answer), self.joined(answer, gold)
+        gold, answer = _joined(gold, answer), _joined(answer, gold)
         kinds = {gold[0], answer[0]}
         if "text" in kinds:
             return False
-        if _is_equation(gold) and _is_equation(answer) and self.same_equation(gold, answer):
+        if _is_equation(gold) and _is_equation(answer) and self.proportional(gold, answer):
             return True
         if _assigns(gold) != _assigns(answer):
             equations, values = (gold, answer) if _assigns(gold) else (answer, gold)
@@ -282,11 +280,13 @@ class _Comparison:
         named, answer_named = self.named(gold), self.named(answer)
         if named or answer_named:
             return self.same_named(named or (None, gold), answer_named or (None, answer))
+        if "union" in kinds:
+            return self.same_region(gold, answer)
         if kinds & {"list", "set"} or _has_sign(gold) or _has_sign(answer):
             return self.same_collection(gold, answer)
         if "matrix" in kinds:
             return len(kinds) == 1 and self.all_same(gold[1], answer[1], self.all_same)
-        if kinds & {"interval", "union", "rel"} or _REALS in (gold, answer):
+        if kinds & {"interval", "rel"} or _REALS in (gold, answer):
             return self.same_region(gold, answer)
         if kinds & {"tuple", "ratio", "minus", "mod"}:
             return self.same_parts(gold, answer)
@@ -307,27 +307,17 @@ class _Comparison:
         return not left
 
     def same_parts(self, gold: tuple, answer: tuple) -> bool:
-        if gold[0] == answer[0]:
-            nested = gold[0] in ("tuple", "ratio")
-            return self.all_same(*(node[1] if nested else node[1:] for node in (gold, answer)))
-        if answer[0] != "ratio" or len(answer[1]) != 2:
+        if gold[0] != answer[0]:
             return False
-        return self.same(gold, ("mul", (answer[1][0], ("inv", answer[1][1]))))  # 2 : 3 for 2/3
+        nested = gold[0] in ("tuple", "ratio")
+        return self.all_same(*(node[1] if nested else node[1:] for node in (gold, answer)))
 
     # names
 
     def named(self, node: tuple) -> tuple[tuple, tuple | None] | None:
-        """(name, value) of x = value, x in set, x = expr = value ~ decimal, x = 1 or x = 2.
+        """(name, value) of x = value, x in set, x = expr = value ~ decimal.
 
         value is None for a chain that contradicts itself (x = 41 = 42). None without a name."""
-        if node[0] == "list":
-            first, *rest = node[1]
-            if not _is_equation(first) or not _is_name(first[1][0]):
-                return None
-            if all(_is_equation(item) and item[1][0] == first[1][0] for item in rest):
-                return first[1][0], ("list", tuple(item[1][1] for item in node[1]))
-            has_values = not any(item[0] == "rel" for item in rest)  # x = 1, 2
-            return (first[1][0], ("list", (first[1][1], *rest))) if has_values else None
         if node[0] != "rel" or not set(node[2]) <= {"=", "~", "in"}:
             return None
         parts, operators = list(node[1]), list(node[2])
@@ -387,13 +377,7 @@ class _Comparison:
     # collections
 
     def same_collection(self, gold: tuple, answer: tuple) -> bool:
-        """The same items, in any order; a tuple is no list. Inequalities are a region."""
-        kinds = {gold[0], answer[0]}
-        is_region = "union" in kinds or any(
-            node[0] == "list" and all(map(_is_inequality, node[1])) for node in (gold, answer)
-        )
-        if is_region:
-            return self.same_region(gold, answer)
+        """The same items, in any order; a tuple is no list."""
         items, answer_items = _items(gold), _items(answer)
         if gold[0] == "set":
             answer_items = list(dict.fromkeys(answer_items))
@@ -404,25 +388,10 @@ class _Comparison:
 
     # equations and regions
 
-    def same_equation(self, gold: tuple, answer: tuple) -> bool:
-        """Equal up to a constant factor: 2x + 4y = 6 is x + 2y - 3 = 0."""
-        if not variables(gold) or variables(gold) != variables(answer):
-            return self.all_same(gold[1], answer[1])
-        try:
-            return self.proportional(_difference(gold), _difference(answer))
-        except TooHard:
-            return False
-
     def same_region(self, gold: tuple, answer: tuple) -> bool:
-        """The same pieces of the real line, or inequalities side by side."""
+        """The same pieces of the real line."""
         pieces, answer_pieces = self.pieces(gold), self.pieces(answer)
-        if pieces and answer_pieces:
-            return self.matches(pieces, answer_pieces, self.same_piece)
-        return (
-            gold[0] == answer[0] == "rel"
-            and gold[2] == answer[2]
-            and self.all_same(gold[1], answer[1])
-        )
+        return bool(pieces) and self.matches(pieces, answer_pieces, self.same_piece)
 
     def same_piece(self, gold: tuple, answer: tuple) -> bool:
         (name, piece), (answer_name, answer_piece) = gold, answer
@@ -437,8 +406,6 @@ class _Comparison:
             node = ("interval", *node[1], False, False)
         if node[0] == "interval":
             return [(None, node)]
-        if kind == "set":
-            return [_point(item) for item in node[1]]
         if kind == "rel":
             return self.inequality(node)
         if kind == "union":
@@ -447,21 +414,6 @@ class _Comparison:
             return [(None, _EVERYTHING)] if node == _REALS else []
         parts = [self.pieces(part) for part in node[1]]
         return [piece for part in parts for piece in part] if all(parts) else []
-
-    def joined(self, node: tuple, other: tuple) -> tuple:
-        """What relations joined by "and" mean: x > 2 and x < 5 is an interval, x = 1 and x = 2
-        the list 1, 2 but no set, x = 1 and y = 2 a list."""
-        if node[0] != "both":
-            return node
-        if all(map(_is_equation, node[1])):
-            is_one = len({item[1][0] for item in node[1]}) == 1
-            return ("text", "") if is_one and other[0] != "list" else ("list", node[1])
-        pieces = [piece for item in node[1] for _, piece in self.inequality(item)]
-        below = [piece for piece in pieces if piece[1] == _MINUS]
-        above = [piece for piece in pieces if piece[2] == _INFINITY]
-        if len(pieces) != 2 or len(node[1]) != 2 or len(below) != 1 or len(above) != 1:
-            return ("list", node[1]) if len(pieces) != 2 else ("text", "")
-        return ("interval", above[0][1], below[0][2], above[0][3], below[0][4])
 
     def inequality(self, node: tuple) -> list[tuple[tuple, tuple]]:
         """x > 2, 2 < x <= 5, x != 3"""
@@ -560,13 +512,19 @@ class _Comparison:
             return None
 
     def proportional(self, gold: tuple, answer: tuple) -> bool:
-        """Is gold / answer a non-zero constant?"""
-        names = sorted(variables((gold, answer)))
+        """Equal up to a constant factor: 2x + 4y = 6 is x + 2y - 3 = 0."""
+        names = sorted(variables(gold))
+        if names != sorted(variables(answer)):
+            return False
+        sides = (gold[1], answer[1])
+        gold, answer = (("add", (left, ("neg", right))) for left, right in sides)
         for point in _points(names, (gold, answer)):
             try:
                 g, a = (self.value(node, point) for node in (gold, answer))
             except Undefined:
                 continue
+            except TooHard:
+                return False
             if g != 0 and a != 0:
                 scaled = ("mul", (gold, ("num", a, 0))), ("mul", (answer, ("num", g, 0)))
                 return self.agree_everywhere(*scaled, names)

@@ -5,22 +5,28 @@ The caps are checked before anything is computed, so that no text exhausts memor
 
 import math
 import operator
+from collections.abc import Iterator
 from fractions import Fraction
 
 from mpmath.ctx_mp import MPContext
 
 MAX_BITS = 24_000  # of an exact intermediate value
+MAX_REAL_BITS = 400  # of a fraction beside irrational numbers
 MAX_EXPONENT = 10**6
 MAX_FACTORIAL = 3000  # computed exactly; above it by the gamma function
 MAX_STEPS = 20_000  # of all evaluations for one verdict
 
 SMALL = MPContext()
-SMALL.dps = 40
-ROUNDING = SMALL.mpf(10) ** -25  # relative; what differs by less counts as equal
+SMALL.dps = 150
+ROUNDING = SMALL.mpf(10) ** -130  # relative; what differs by less counts as equal
 
 
 class Undefined(ArithmeticError):
     """No value at this point: division by zero, log 0, infinity."""
+
+
+class NotReal(Undefined):
+    """No real value at this point."""
 
 
 class TooHard(ArithmeticError):
@@ -41,31 +47,38 @@ class Budget:
 
 
 def real(value):
-    """A Fraction as a number of SMALL; other values as they are."""
-    is_exact = isinstance(value, Fraction)
-    return SMALL.mpf(value.numerator) / value.denominator if is_exact else value
+    """A Fraction as a number of SMALL; other values as they are. Raises TooHard for a Fraction that
+    this precision does not tell from its neighbours."""
+    if not isinstance(value, Fraction):
+        return value
+    if _bits(value) > MAX_REAL_BITS:
+        raise TooHard("too many digits")
+    return SMALL.mpf(value.numerator) / value.denominator
 
 
 def is_integer(value) -> bool:
     return isinstance(value, Fraction) and value.denominator == 1
 
 
+def walk(node: tuple) -> Iterator[tuple]:
+    """Every node of a tree, or of a tuple of trees."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, tuple) and node:
+            stack += node
+            if isinstance(node[0], str):
+                yield node
+
+
 def variables(node) -> set[str]:
     """Names of the free variables."""
-    if not isinstance(node, tuple):
-        return set()
-    if node and node[0] == "var":
-        return {node[1]}
-    if node and node[0] == "integral":
-        _, variable, low, high, body = node
-        return variables(body) - {variable} | variables((low, high))
-    return set().union(*(variables(child) for child in node)) if node else set()
+    bound = {found[1] for found in walk(node) if found[0] == "integral"}
+    return {found[1] for found in walk(node) if found[0] == "var"} - bound
 
 
 def contains(node, kinds: set[str]) -> bool:
-    if not isinstance(node, tuple) or not node:
-        return False
-    return node[0] in kinds or any(contains(child, kinds) for child in node)
+    return any(found[0] in kinds for found in walk(node))
 
 
 class Evaluation:
@@ -90,7 +103,7 @@ class Evaluation:
         if not SMALL.isfinite(value):
             raise Undefined("not finite")
         if self.real_only and SMALL.im(value):
-            raise Undefined("not real")
+            raise NotReal("not real")
         return value
 
     def bounded(self, value: Fraction):
@@ -193,13 +206,14 @@ class Evaluation:
         return SMALL.exp(e * log)
 
     def small(self, value, limit=10**15):
-        if abs(value) > limit:
-            raise TooHard("too large")
+        if abs(value) > limit or 0 < abs(value) < 1e-50:
+            raise TooHard("too large or too small")
         return value
 
     def _fn(self, name, arguments):
         values = [self.value(node) for node in arguments]
-        self.budget.spend(5 if all(isinstance(value, Fraction) for value in values) else 25)
+        is_exact = name in _EXACT and all(isinstance(value, Fraction) for value in values)
+        self.budget.spend(5 if is_exact or name in ("floor", "ceil") else 40)
         method = getattr(self, "fn_" + name, None)
         if method is not None:
             try:
@@ -263,6 +277,7 @@ class Evaluation:
         return SMALL.binomial(*(self.small(real(value), 10**6) for value in (n, k)))
 
 
+_EXACT = {"abs", "root", "factorial", "binom"}
 _CONSTANTS = {"pi": +SMALL.pi, "e": +SMALL.e, "i": SMALL.j}
 _ANALYTIC = {
     "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh"

@@ -2,193 +2,248 @@
 
 import re
 
-TAIL_CHARS = 4000  # in which formulas and numbers without a marker are looked for
-_BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\[{}\\]|[{}]")
-_CUT_OFF_BOX = re.compile(r"\\boxed\s*\{(?!\s*\})")
-_BOX_JOINER = re.compile(
-    r"[\s$.\\()\[\]]*(?:,|;|\\text\s*\{|\\quad|and\b|or\b|\\ |[\s}$])*(?<=[,;\s$}dr])[\s$\\()\[\]]*"
-)
-_PERCENT_BEHIND = re.compile(r"\s*(?:\$|\\\)|\\\])?\s*(?:\\?%|percent\b|pct\b)")
-_HASHES = re.compile(r"####[ \t]*([^\n]+)")
-_PHRASE = re.compile(
-    r"\b(?:answer|(?:correct|right|best) (?:option|choice))\b\**(?:\s+to\s[^.\n:]{0,80}?)?"
-    r"(?:\s{1,9}(?:is|are)\b|\s{0,9}[:=])(?:\s*:)?|<answer>",
+LOOK_BACK = 20_000  # characters from the end in which an answer is looked for
+_BRACES = re.compile(r"\\?(?:boxed|fbox|framebox)\s{0,9}\{|\\[{}\\]|[{}]")
+_BARE_BOX = re.compile(r"\\boxed\s{0,9}(-?\.?\d[\d.,/]*)")
+_TEMPLATE = re.compile(
+    r"(?:\\text\s?\{)?\s?(?:\.\.\.|\\l?dots|…|(?:(?:your|final|the) ){0,3}answer(?: here)?)\s?\}?",
     re.IGNORECASE,
-)  # an unclosed tag: generation stopped at </answer>
-_ADVERB = re.compile(r"(?:therefore|thus|hence|then|simply|just|clearly|indeed)\b[,:\s]*")
-_END_OF_TEXT = re.compile(r"(?:\s*(?:<\|\w{1,20}\|>|</s>))+\s*$")
+)  # a box that is copied from the prompt
+_JOINT = re.compile(
+    r"[\s$.\\()\[\]]{0,9}(?:,|;|\\text\s?\{|\\quad|and\b|or\b|\\ |[\s}$]){0,9}"
+    r"(?<=[,;\s$}dr])[\s$\\()\[\]]{0,9}"
+)
+_PERCENT_BEHIND = re.compile(r"\s{0,9}(?:\$|\\\)|\\\])?\s{0,9}(?:\\?%(?! of)|percent\b|pct\b)")
+_CHANGED_BEHIND = re.compile(
+    r"[a-z](?=[-+^])|!\$|\s{0,9}(?:/\s?\d|\^\{?[\da-z]|\\(?:pi|cdot|times|sqrt)\b|\$? ?or\s"
+    r"|(?:\\text\{)?\s?(?:hundred|thousand|million|billion|dozen)\b)"
+)
+_CHANGED_BEFORE = re.compile(
+    r"[\w)}]\s?[-+]$|[/^\d]$|(?:\bnot|\bcannot be|n't|\\neq?|\\not)\W{0,4}$", re.IGNORECASE
+)
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_HASHES = re.compile(r"####(?!#)[ \t]*(?!\W*(?:[A-Z][a-z]+ ){0,3}[A-Z]?[a-z]+ *\d*:?\**\n)([^\n]+)")
+_PHRASE = re.compile(
+    r"\b(?:answer|(?:correct|right|best) (?:option|choice))(?:'s)?\b\**(?:\s+to\s[^.\n:]{0,80}?)?"
+    r"(?:\s{1,9}(?:is|are|equals|(?:must|should|would|will) be|comes out to)\b|\s{0,9}[:=]\**"
+    r"|\**:?\**\s{0,9}(?=\n|\$|\\[(\[]|\d))(?:\s{0,9}:)?|\bI(?:'d| would| will)? (?:pick|choose)\b",
+    re.IGNORECASE,
+)
+_ADVERB = re.compile(r"(?:therefore|thus|hence|then|simply|just|clearly|indeed)\b[,:\s]{0,9}")
+_END_OF_TEXT = re.compile(
+    r"(?:\s{0,9}(?:<\|\w{1,20}\|>(?:user)?|</s>|I hope it is correct\.?)){1,9}$"
+)
 _AFTERTHOUGHT = re.compile(
-    r"(?:,?\s+(?:which|where|because|since|so|when|if|as)\b|\s+\([^()$\\]*[a-z]{3,}\s[^()$\\]*\)$)"
+    r",?\s(?:which|where|because|since|so|as)\b|\s\((?:since|because|as)\b|\s\([a-z]+ [a-z ]+\)$"
+    r"|\s[—–]\s"
 )
-_ONLY_FORMULAS = re.compile(  # and what joins them, or a unit
-    r"[\s,;.$]*(?:(?:and|or)[\s,;.$]*)*(?:\\?%|[A-Za-z]{1,12}\s?[\^\d]*|percent|pct)?[\s,.]*"
+_CONTRAST = re.compile(r", (?:and |but )?not [^,;]*$")
+_CLAUSE = re.compile(r"(?<=\d) ([a-z ]*[a-z]s) (?:that|who|to|in|of|for|such that) [^\d]*$")
+_TAIL = re.compile(
+    r"(?:,? (?:in total|in all|altogether|left|remaining|now"
+    r"|(?:an?|per|each|every|this) (?:day|week|month|year|hour|minute))"
+    r"| is (?:it|(?:the|our|my) (?:final |correct )?answer)){1,3}$"
 )
-_LEAD_IN = re.compile(r"(?:[A-Za-z']{2,}[\s,:]+)+(?=[-−\d\\(\[√π.]*[\d\\√π])")
-_FORMULA_JOINER = re.compile(r"\s*(?:,|;|,?\s*and|,?\s*or)\s*")
-_VERB = re.compile(r"\s(?:is|are|equals)\s+")
+_DOUBT = re.compile(
+    r"\b(?:not|cannot|never|wrong|incorrect|unless|except|impossible|unlikely|tempting|mistaken"
+    r"|extraneous|invalid|false|misread|might|may|doubt|suppose|if|guess)\b|n't\b",
+    re.IGNORECASE,
+)
+_LOWER_CHOICE = re.compile(r"\(?[a-d]\)?")
+_WITHDRAWN = re.compile(
+    r"\?\s{0,9}(?:no|or)\b|^\W{0,9}(?:is|was) (?:wrong|incorrect|not)\b"
+    r"|\b(?:wait|sorry|oops|actually|alternatively|on reflection|correction)\b"
+    r"|\b(?:could|might) (?:also )?be\b|\b(?:that|this|it|which) (?:is|was) (?:wrong|incorrect)",
+    re.IGNORECASE,
+)
+_MORE_VALUES = re.compile(r"\W*(?:(?:and|or|also)\W+)*\\?[\d\W]*\d[\d\W]*")
+_VERB = re.compile(
+    r"(?:^|(?<!\bor)\s)(?:is|are|was|were|be|equals?|gets?|gives?|giving|have|has|had|makes?|pays?"
+    r"|paid|costs?|earns?|earned|needs?|runs?|sold|spent|bought|takes?|obtain|find|yields?|contains?|result"
+    r"|(?:increases|decreases|grew|rose|fell) by|so|thus|hence|then|therefore|it's)(?:\s*:)?,?\s+",
+    re.IGNORECASE,
+)
+_LEAD_IN = re.compile(
+    r"(?:(?:the|an?|our|about|approximately|roughly|exactly|just|only|simply|equal|to|in|total of"
+    r"|total|values?|solutions?|interval(?= \W)|point(?= [($\\])|pair|ordered|set"
+    r"|option(?= \(?[A-J])|result|we|it|there|ratio|final|probability|area"
+    r"|length)\b[\s,:]+|[:=]\s*){1,20}"
+)
+_CHANGING = re.compile(
+    r"\d|\\(?!\()|\b(?:than|least|most|half|twice|double|times|minus|negative|plus|roots?|squared?"
+    r"|cubed?|sum|product|percent|dozen|hundred|thousand|[mb]illion|over|under|below|above|error|step"
+    r"|case|when|between|from|mod|or|and)\b"
+)  # words beside a formula that make another value of it
+_FORMULAS = re.compile(r"\$[^$\s][^$]*(?<!\s)\$(?:(?:,|,? and|,? or) ?\$[^$]+\$){0,20}")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\*|$)|\n")
-_DISPLAY = re.compile(r"\\\[(.{1,2000}?)\\\]|\\\((.{1,2000}?)\\\)|\$\$(.{1,2000}?)\$\$", re.DOTALL)
-_DOLLAR = re.compile(r"(?<!\\)\$")
-_PROSE = re.compile(r"(?<![\\A-Za-z{])(?!sin|cos|tan|log|and|mod)[A-Za-z]?[a-z]{2,}")
-_LAST_NUMBER = re.compile(
-    r"(?:(?<![\w)])[-−])?(?<![A-Za-z_\d.,])"
-    r"(?:\d+ \d+/\d+|\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/\d+)?|\.\d+)"
-    r"(?:\^\d+)?(?:\s?π)?(?:\s?\\?%)?(?: or \d+)?"
-)
+_DISPLAY = re.compile(r"\\\[([^\[\]]{1,2000}?|.{1,2000}?)\\\]|\$\$([^$]{1,2000})\$\$", re.DOTALL)
+
+
+def final_part(text: str) -> str:
+    """The last LOOK_BACK characters of what stands behind </think>; "" if it is not closed."""
+    closed = text.rfind("</think>")
+    if text.rfind("<think>") > closed:
+        return ""
+    return text[max(closed + 8 if closed >= 0 else 0, len(text) - LOOK_BACK) :]
 
 
 def extract_answer(text: str) -> str | None:
     """The text of the final answer, or None.
 
-    In this order, the last of its kind winning: <answer>x</answer>; \\boxed{x}, or several joined
-    by and / or / comma; `#### x`; "answer is x" / "Answer: x"; the last formula or number,
-    whichever comes later.
+    What stands behind </think> is read, alone. The last marker counts: <answer>x</answer>,
+    \\boxed{x} (or several joined by and / or / comma), `#### x`, "the answer is x" / "Answer: x".
+    An empty or unclosed box is no answer. Without a marker it is the value that the last sentence
+    gives.
     """
-    text = text[:-100] + _END_OF_TEXT.sub("", text[-100:])
-    tagged = extract_tagged(text)
-    if tagged is not None:
-        return extract_boxed(tagged) or _behind_phrase(tagged) or tagged or None
-    boxed = extract_boxed(text)
-    if boxed or _CUT_OFF_BOX.search(text):  # "\\boxed{4" may be the start of 42
-        return boxed or None
-    hashes = text.rfind("####")
-    found = _HASHES.match(text, hashes) if hashes >= 0 else None
-    if found:
-        return found[1].strip().strip("*").strip() or None
-    return _behind_phrase(text) or _last_formula(text[-TAIL_CHARS:])
+    text = final_part(text).rstrip()
+    text = text[:-200] + _END_OF_TEXT.sub("", text[-200:])
+    tag, inner = _tagged(text)
+    boxes = _boxes(text)
+    if boxes is None:
+        return None
+    hashes = _last(_HASHES, text, boxes)
+    phrase = _last(_PHRASE, text, boxes)
+    starts = [m.start() if m else -1 for m in (hashes, phrase)]
+    box = boxes[-1][0] if boxes else -1
+    last = max(tag, box, *starts)
+    if last < 0:
+        return None if text.endswith("?") else _stated(_last_sentence(text))
+    if tag >= 0 and (last == tag or last > tag and last < tag + len(inner)):
+        text = text[: text.find(inner, tag) + len(inner)]
+        if last == tag:
+            return inner.strip() or None
+    if last == box:
+        behind = text[boxes[-1][2] + 1 :]
+        return None if _WITHDRAWN.search(behind) else _joined(text, boxes)
+    if last == starts[0]:
+        return _value(hashes[1]) or None
+    return _behind_phrase(text, phrase)
 
 
 def extract_tagged(text: str) -> str | None:
     """What stands in the last <answer>...</answer>, or None."""
-    for tag in ("answer>", "ANSWER>", "Answer>"):
-        end = text.rfind("</" + tag)
-        start = text.rfind("<" + tag, 0, end) if end >= 0 else -1
-        if start >= 0:
-            return text[start + 1 + len(tag) : end].strip()
-    return None
+    start, inner = _tagged(text[-LOOK_BACK:])
+    return inner.strip() if start >= 0 else None
 
 
 def extract_boxed(text: str) -> str | None:
-    """What the last closed \\boxed{...} holds, with the boxes joined to it by and / or / comma.
+    """What the last \\boxed{...} holds, with the boxes joined to it by and / or / comma.
 
     Braces nest to any depth. A percent sign right behind the box belongs to it. None without one.
     """
-    if "box" not in text:
-        return None
-    boxes = sorted(box for box in _boxes(text) if text[box[1] : box[2]].strip())
-    if not boxes:
-        bare = re.findall(r"\\boxed\s*([^\s{}$\\.,]+)", text)
-        return bare[-1] if bare else None
+    boxes = _boxes(text[-LOOK_BACK:]) if "box" in text else None
+    return _joined(text[-LOOK_BACK:], boxes) if boxes else None
+
+
+def _tagged(text: str) -> tuple[int, str]:
+    """(start, content) of the last <answer>, which the text may end in; (-1, "") without one."""
+    tags = list(_TAG.finditer(text))
+    opened = [i for i, tag in enumerate(tags) if not tag[1]]
+    if not opened:
+        return -1, ""
+    i = opened[-1]
+    end = tags[i + 1].start() if i + 1 < len(tags) else len(text)
+    return tags[i].start(), text[tags[i].end() : end]
+
+
+def _boxes(text: str) -> list[tuple[int, int, int]] | None:
+    """(start of the command, start and end of the content) of the outermost boxes, or None when the
+    last is not closed. Boxes copied from the prompt are left out."""
+    open_braces, boxes, depth = [], [], 0
+    for mark in _BRACES.finditer(text):
+        if mark[0] == "}":
+            opened = open_braces.pop() if open_braces else None
+            if opened:
+                depth -= 1
+                if not depth and not _TEMPLATE.fullmatch(text[opened[1] : mark.start()]):
+                    boxes.append((*opened, mark.start()))
+        elif mark[0] == "{" or mark[0][-1] == "{" and len(mark[0]) > 2:
+            is_box = len(mark[0]) > 1
+            depth += is_box
+            open_braces.append((mark.start(), mark.end()) if is_box else None)
+    bare = [(m.start(), m.start(1), m.end(1)) for m in _BARE_BOX.finditer(text)]
+    return None if depth else sorted(boxes + bare)
+
+
+def _joined(text: str, boxes: list[tuple[int, int, int]]) -> str | None:
     first = len(boxes) - 1
     while first and _is_joint(text[boxes[first - 1][2] + 1 : boxes[first][0]]):
         first -= 1
     contents = [text[start:end].strip() for _, start, end in boxes[first:]]
-    is_percent = len(contents) == 1 and _PERCENT_BEHIND.match(text, boxes[-1][2] + 1)
-    return ", ".join(dict.fromkeys(contents)) + (
-        "\\%" if is_percent and "%" not in contents[0] else ""
-    )
+    before, behind = text[: boxes[first][0]][-12:], text[boxes[-1][2] + 1 :][:40]
+    if not contents[-1] or _CHANGED_BEFORE.search(before) or _CHANGED_BEHIND.match(behind):
+        return None
+    is_negative = re.search(r"[^-\n]-$", before)
+    is_percent = len(contents) == 1 and _PERCENT_BEHIND.match(behind) and "%" not in contents[0]
+    joined = ", ".join(dict.fromkeys(contents)) + ("\\%" if is_percent else "")
+    return f"-({joined})" if is_negative else joined
 
 
 def _is_joint(between: str) -> bool:
     if len(between) > 40 or not re.search(r"[,;]|\band\b|\bor\b", between):
         return False
-    return _BOX_JOINER.fullmatch(between) is not None
+    return _JOINT.fullmatch(between) is not None
 
 
-def _boxes(text: str) -> list[tuple[int, int, int]]:
-    """(start of the command, start and end of the content) of every closed \\boxed{}."""
-    open_braces, boxes = [], []
-    for mark in _BRACES.finditer(text):
-        if mark[0] == "}":
-            opened = open_braces.pop() if open_braces else None
-            if opened:
-                boxes.append((*opened, mark.start()))
-        elif mark[0] == "{" or mark[0][1].isalpha():
-            open_braces.append((mark.start(), mark.end()) if len(mark[0]) > 1 else None)
-    return boxes
-
-
-def _last(pattern: re.Pattern, text: str, start: int = 0) -> re.Match | None:
-    found = None
-    for match in pattern.finditer(text, start):
-        found = match
+def _last(pattern: re.Pattern, text: str, boxes: list[tuple[int, int, int]]) -> re.Match | None:
+    """The last match outside of all boxes."""
+    found, spans = None, iter([*boxes, (len(text), 0, len(text))])
+    start, _, end = next(spans)
+    for match in pattern.finditer(text):
+        while match.start() > end:
+            start, _, end = next(spans)
+        found = match if match.start() < start else found
     return found
 
 
-def _behind_phrase(text: str) -> str | None:
-    """What follows the last "answer is" or "Answer:" in its sentence, without prose."""
-    found = _last(_PHRASE, text)
-    if found is None:
+def _behind_phrase(text: str, phrase: re.Match) -> str | None:
+    """What follows "answer is" or "Answer:" in its sentence; None if it is doubted or withdrawn."""
+    before = _SENTENCE_END.split(text[: phrase.start()][-300:])[-1]
+    rest = text[phrase.end() :].lstrip(" \t\n:*#_")
+    rest = _one_line(_ADVERB.sub("", rest, count=1) if _ADVERB.match(rest) else rest)
+    end = _SENTENCE_END.search(rest)
+    sentence, behind = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
+    sentence = _AFTERTHOUGHT.split(sentence, maxsplit=1)[0] or sentence
+    withdrawn = _WITHDRAWN.search(rest, len(sentence))
+    is_doubted = _DOUBT.search(before.rpartition(";")[2]) or withdrawn
+    if is_doubted or not sentence.isalpha() and _MORE_VALUES.fullmatch(behind[:200]):
         return None
-    rest = text[found.end() : found.end() + TAIL_CHARS].lstrip(" \t\n:*#_")
-    rest = _ADVERB.sub("", rest, count=1) if _ADVERB.match(rest) else rest
-    display = _DISPLAY.match(rest)
-    if display and not re.match(r"\s*(?:,|and\b|or\b)", rest[display.end() :]):
-        return max(display.groups(""), key=len).strip() or None
-    sentence = _SENTENCE_END.split(rest, maxsplit=1)[0][:1000].strip(' *_`"')
-    letter = re.match(r"\(?([A-J])\)?,?\s+(?!and\b|or\b)[a-z]{2,}", sentence)
-    return (letter[1] if letter else _without_prose(sentence)) or None
+    value = _value(sentence) or None
+    return value.upper() if value and _LOWER_CHOICE.fullmatch(value) else value
 
 
-def _without_prose(sentence: str) -> str:
-    """Of "the largest n is 34" the 34, of "$x$ where $x=5$" the first formula.
+def _one_line(text: str) -> str:
+    """The text with each displayed formula on a line of its own."""
+    return _DISPLAY.sub(lambda m: "$" + " ".join((m[1] or m[2]).split()).rstrip(".") + "$", text)
 
-    Formulas joined by "and" stay together."""
-    if not sentence.startswith(("where", "if", "when")):
-        sentence = _AFTERTHOUGHT.split(sentence, maxsplit=1)[0]
-    subject, *values = _VERB.split(sentence)
-    formulas = _formulas(sentence)
-    if not formulas:
-        if values and re.search(r"[a-z]{2}", subject):
-            return _without_prose(values[-1])
-        lead_in = _LEAD_IN.match(sentence)
-        return sentence[lead_in.end() :] if lead_in else sentence
-    outside = sentence
-    for _, start, end in reversed(formulas):
-        outside = outside[:start] + outside[end:]
-    if _ONLY_FORMULAS.fullmatch(outside):
+
+def _last_sentence(text: str) -> str:
+    text = _one_line(text[-4000:]).replace("\\(", "$").replace("\\)", "$").strip(' \t\n*_`"')
+    return next((s for s in reversed(_SENTENCE_END.split(text)) if s.strip(" *_`")), "")
+
+
+def _stated(sentence: str) -> str | None:
+    """The value of a sentence without a marker: the last formula among words that change nothing,
+    or what stands behind the verb."""
+    if _DOUBT.search(_CONTRAST.sub("", sentence)):
+        return None
+    value = _value(sentence)
+    for part in (value, sentence):
+        formulas = list(_FORMULAS.finditer(part))
+        if formulas and not _CHANGING.search(_FORMULAS.sub(" ", part)):
+            return formulas[-1][0]
+    return value if re.search(r"[\d√π\\$=]", value) else None
+
+
+def _value(sentence: str) -> str:
+    """The value that a sentence gives, whole: of "the largest n is 34" the 34.
+
+    A sentence of doubt is not taken apart: its words are no value."""
+    sentence = sentence.strip(' *_`"')
+    sentence = _CLAUSE.sub(r" \1", _TAIL.sub("", _CONTRAST.sub("", sentence)))
+    if _DOUBT.search(sentence):
         return sentence
-    if values and not sentence.startswith(("$", "\\(")):
-        return _without_prose(values[-1])
-    return _groups(sentence)[0][0]
-
-
-def _last_formula(text: str) -> str | None:
-    """The last formula or the last number, whichever comes later.
-
-    A formula without digits gives way to a number."""
-    formula, formula_end = _groups(text)[-1] if "$" in text or "\\" in text else ("", 0)
-    number = _last(_LAST_NUMBER, text, formula_end)
-    if number is None and not any(c.isdigit() for c in formula) and len(formula) < 3:
-        number = _last(_LAST_NUMBER, text)
-    return number[0].rstrip(",").strip() if number else formula or None
-
-
-def _groups(text: str) -> list[tuple[str, int]]:
-    """(content, end) of the formulas, those joined by "and", "or" or a comma taken together.
-
-    [("", 0)] without any."""
-    groups: list[tuple[str, int]] = [("", 0)]
-    for content, start, end in _formulas(text):
-        if groups[-1][0] and _FORMULA_JOINER.fullmatch(text, groups[-1][1], start):
-            groups[-1] = (f"{groups[-1][0]}, {content}", end)
-        else:
-            groups.append((content, end))
-    return groups[1:] or groups
-
-
-def _formulas(text: str) -> list[tuple[str, int, int]]:
-    """(content, start, end) of what stands between maths delimiters, except sums of money."""
-    found = [
-        (max(m.groups(""), key=len).strip(), m.start(), m.end()) for m in _DISPLAY.finditer(text)
-    ]
-    dollars = [m.start() for m in _DOLLAR.finditer(text)]
-    while len(dollars) > 1:
-        start, end = dollars[0], dollars[1]
-        content = text[start + 1 : end]
-        bare = re.sub(r"\\[a-zA-Z]+\s*(?:\{[^{}]*\})?", "", content)
-        is_formula = "\n" not in content.strip("\n") and not _PROSE.search(bare)
-        if content.strip() and is_formula:
-            found.append((content.strip(), start, end + 1))
-        dollars = dollars[2:] if content.strip() and is_formula else dollars[1:]
-    return sorted((f for f in found if f[0]), key=lambda f: f[2])
+    value = _VERB.split(sentence)[-1].strip()
+    lead_in = _LEAD_IN.match(value)
+    value = value[lead_in.end() :] if lead_in else value
+    return value.replace("\\(", "$").replace("\\)", "$")

@@ -7,7 +7,8 @@ A node is a tuple, its first entry the kind:
     ("pct", x)  ("mod", x, modulus)  ("unit", x, ((name, power), ...))
     ("fn", name, nodes)         sqrt is ("fn", "root", (x, n)), |x| is "abs", n! is "factorial"
     ("integral", variable, low, high, body)
-    ("list" | "tuple" | "set" | "ratio" | "union", nodes)  ("minus", set, set)  ("matrix", rows)
+    ("list" | "tuple" | "set" | "ratio" | "union" | "both", nodes)   both: relations joined by and
+     ("minus", set, set)  ("matrix", rows)
     ("interval", low, high, low_closed, high_closed)  ("rel", nodes, operators)
 Nothing is evaluated while parsing. Text is never executed.
 """
@@ -69,7 +70,8 @@ def normalise(text: str) -> str:
         raise NotMath(f"longer than {MAX_CHARS} characters")
     if not text.isascii():
         text = _fold_unicode(text)
-    text = " ".join(text.replace("~", " ").replace("np.", "").split())  # np.sqrt(2)
+    text = text.replace("~", " ").replace("\\quad", " ")
+    text = " ".join(text.replace("np.", "").split())  # np.sqrt(2)
     if text.startswith(("**", "`")):  # Markdown
         text = text.strip("*`")
     text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
@@ -152,12 +154,23 @@ _WORD_SIGNS = {
     **dict.fromkeys(("percent", "pct", "Percent"), "\\%"),
     "union": "\\cup",
     "mod": "\\pmod",
+    **dict.fromkeys(("negative", "minus"), "-"),
+    "plus": "+",
 }
 _ACCENTS = _words("overline bar vec hat dot ddot tilde widehat underline mathcal")
 _OPENING = _GREEK | _ACCENTS | _words("pi infty frac int emptyset mathbb ldots dollar euro pound")
 _FILLER = _words(
     "the a an about approximately roughly exactly is are units unit total only old long wide tall"
-    " high away each of in all altogether"
+    " high away each of in all altogether different distinct possible left"
+)
+_CHANGING = _words(  # beside a number they make another one of it
+    "hundred hundreds thousand thousands million millions billion billions dozen dozens score"
+    " half halves quarter quarters times less fewer more than as does percent percents per no or"
+    " over root roots gross basis power square squares cubes tens units ones plus"
+)
+_FRACTION = re.compile(
+    r"(?:third|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand"
+    r"|[mb]illion)th)s"
 )
 _WHOLE_WORDS = {word for word in _FILLER if len(word) > 1} | {"per", "sq"}
 _UNIT_CARRIERS = (")", "}", "\\pi")  # a unit may follow, as after a number
@@ -244,6 +257,7 @@ def _word_tokens(word: str, in_text: bool, can_be_unit: bool = False) -> list[To
 
 # ---- the parser ----
 
+_JOINTS = (",", ";", "\\and", "\\or", "\\\\")
 _RELATIONS = _words(r"= < > <= >= != ~ \in \rightarrow")
 _CURRENCIES = {"\\dollar": "dollar", "\\euro": "euro", "\\pound": "sterling"}
 _MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"}
@@ -327,14 +341,19 @@ class _Parser:
             raise NotMath(f"deeper than {MAX_DEPTH}")
 
     def answer(self) -> tuple:
-        items = self.items(",", ";", "\\and", "\\or", "\\\\")
-        return items[0] if len(items) == 1 else ("list", tuple(items))
+        joint = "both"
+        items = [self.joined_sets(self.relation)]
+        while self.at(*_JOINTS):
+            joint = joint if self.at("\\and") else "list"
+            while self.accept(*_JOINTS):  # "1, 2, and 3"
+                pass
+            items.append(self.joined_sets(self.relation))
+        kind = joint if all(item[0] == "rel" for item in items) else "list"
+        return items[0] if len(items) == 1 else (kind, tuple(items))
 
     def items(self, *separators: str) -> list[tuple]:
         items = [self.joined_sets(self.relation)]
         while self.accept(*separators):
-            while self.accept("\\and", "\\or"):  # "1, 2, and 3"
-                pass
             items.append(self.joined_sets(self.relation))
         return items
 
@@ -470,7 +489,9 @@ class _Parser:
         if len(value) > MAX_DIGITS or exponent and abs(int(exponent)) > MAX_DIGITS:
             raise NotMath(f"a number of more than {MAX_DIGITS} digits")
         if self.at("_", "\\overline", "\\bar", "\\dot"):  # 1010_2, 0.\overline{3}
-            return ("const", f"{value} {self.take()} {self.subscript()}")
+            sign, base = self.take(), self.subscript()
+            if (sign, base) != ("_", "10"):
+                return ("const", f"{value} {sign} {base}")
         if self.kind() == "number":
             raise NotMath("two numbers side by side")
         mantissa = mantissa.rstrip(".")
@@ -601,7 +622,7 @@ class _Parser:
         if value.startswith("\\begin{"):
             return self.matrix(value[7:-1])
         if name in _ACCENTS:
-            return self.variable(f"{name} {self.argument()}")
+            return self.variable(f"{name} {self.subscript()}")
         if name in ("angle", "triangle"):
             return ("text", name)
         if name in _GREEK:
@@ -638,6 +659,8 @@ class _Parser:
         """The unit behind a value, as powers of named units."""
         powers: dict[str, int] = {}
         sign = ahead = 1  # the exponent that "square" gives to the word behind it
+        name = ""
+        changes = False
         while self.kind() in ("text", "letter", "word") or self.at("/", "\\cdot", "*"):
             kind = self.kind()
             word = self.take().lower()
@@ -645,12 +668,21 @@ class _Parser:
                 raise NotMath("a condition is no unit")
             if word in ("/", "per"):
                 sign = -1
+            elif word in ("squared", "cubed") and name:
+                powers[name] *= _UNIT_EXPONENTS[word]
             elif word in _UNIT_EXPONENTS:
                 ahead = _UNIT_EXPONENTS[word]
+            elif word in ("unit", "units"):
+                ahead = 1
             elif kind != "sign" and word not in _FILLER:
                 name = unit_of(self.peek(-1))
+                is_known = name in UNITS.values()
+                is_plural = len(word) > 3 and word.endswith("s") and not _FRACTION.fullmatch(word)
+                changes |= word in _CHANGING
                 powers[name] = powers.get(name, 0) + self.unit_power() * ahead * sign
                 ahead = 1
+        if ahead > 1 or changes or name and not (is_known or is_plural):
+            powers["?"] = 1  # may be no unit: the number without it is another answer
         return tuple(sorted((name, power) for name, power in powers.items() if power))
 
     def unit_power(self) -> int:

@@ -7,6 +7,9 @@ _NAMES = {
     "l": "liter litre", "ml": "mL milliliter", "mph": "", "dollar": "usd USD", "deg": "degree",
     "N": "newton", "J": "joule", "kJ": "kilojoule", "W": "watt", "kW": "kilowatt", "V": "volt",
     "eV": "", "keV": "", "MeV": "", "Hz": "hertz", "rad": "radian",
+    "mol": "mole", "C": "coulomb", "Pa": "pascal", "ohm": "", "cal": "calorie", "day": "",
+    "people": "person", "child": "children", "man": "men", "woman": "women", "fish": "sheep",
+    "cent": "", "nm": "", "ms": "", "kPa": "", "atm": "", "mile": "mi", "yd": "yard",
 }  # fmt: skip
 UNITS = {name: unit for unit, names in _NAMES.items() for name in (unit, *names.split())}
 

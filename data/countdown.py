@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from answers.extract import extract_boxed, extract_tagged
+from answers.extract import extract_boxed, extract_tagged, final_part
 from config import UserError
 
 MAX_VALUE = 99  # of targets and intermediate results: every number up to it is one token
@@ -139,7 +139,7 @@ MAX_CHARS = 1000
 MAX_DEPTH = 50
 MAX_DIGITS = 30
 
-_LEAD_IN = re.compile(r".*(?::|\banswer is\b|\bexpression is\b|<answer>)[*\s]*(?=.)")
+_LEAD_IN = re.compile(r"^.*(?::|\banswer is\b|\bexpression is\b|<answer>)[*\s]*(?=.)")
 _INLINE_MATH = re.compile(r"\\\(([^$\n]*?)\\\)|\$([^$\n]+)\$")
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|\\[dt]?frac|\n|[^ \t\r]")
 _SIGNS = str.maketrans("×✕⋅·∙÷−–xX{}[]", "*****/--**()()")
@@ -152,36 +152,34 @@ def judge(response: str, numbers: Sequence[int], target: int | Fraction) -> tupl
 
     A derivation uses each number exactly once, with + - * / and parentheses. It is played on a
     board: that starts as the given numbers; each step takes its numbers off the board and puts its
-    value on it, and at the end the board must hold the target alone. "(3 + 5) * 2" is one step;
-    "3 + 5 = 8, 8 * 2 = 16" is two.
+    value on it, and at the end the board must hold the target alone.
 
         answer := step (("," | ";" | newline) step)*
-        step   := expr ("=" expr)*                      a stated value must be exactly right
+        step   := (number "=")? expr ("=" expr)*        a stated value must be exactly right
         expr   := term (("+" | "-") term)*              term   := factor (("*" | "/") factor)*
-        factor := number | "(" expr ")" | "\\frac" factor factor
+        factor := number | "(" expr ")" | "\\frac" factor factor      2(3 + 5) is a product, too
 
-    What stands in the last <answer>...</answer> is judged, or else in the last \\boxed{}, or else
-    the whole response, or else (when that is no correct derivation) its last line. Values are
-    exact; division by zero is "wrong". There is no unary minus: "-2" is a number that must be on
-    the board, as it is after "3 - 5 = -2".
+    Of what stands behind </think> the last <answer>...</answer> is judged, or else the last
+    \\boxed{}, or else all of it, or else its last line. Values are exact; division by zero is
+    "wrong". There is no unary minus: "-2" must be on the board first.
     """
+    response = final_part(response).replace("\\boxed{}", "")
     marked = extract_tagged(response)
-    if marked is None:
-        marked = extract_boxed(response)
-    if marked is not None:
-        return _judged(marked, numbers, target)
+    marked = extract_boxed(response if marked is None else marked) or marked
+    response = response if marked is None else marked
     reason, text = _judged(response, numbers, target)
     if reason in ("correct", "no_answer"):
         return reason, text
     last_line = response.strip("`\n\t ").rpartition("\n")[2][-MAX_CHARS:]
-    lead_in = _LEAD_IN.match(last_line)
-    last_line = last_line[lead_in.end() :] if lead_in else last_line
-    formulas = _INLINE_MATH.findall(last_line)
-    return _judged(max(formulas[-1]) if formulas else last_line, numbers, target)
+    if marked is None:
+        last_line = _LEAD_IN.sub("", last_line, count=1)
+        formulas = _INLINE_MATH.findall(last_line)
+        last_line = max(formulas[-1]) if formulas else last_line
+    return _judged(last_line, numbers, target)
 
 
 def _judged(text: str, numbers: Sequence[int], target: int | Fraction) -> tuple[str, str | None]:
-    text = text.strip()
+    text = text.strip(" ,;\n\t")
     if not text:
         return "no_answer", None
     if len(text) > MAX_CHARS:
@@ -218,7 +216,7 @@ class _Derivation:
     zero; a syntax error raises _NotADerivation."""
 
     def __init__(self, tokens: list[str], numbers: Sequence[int]):
-        self.tokens = [*tokens, ""]
+        self.tokens = [*tokens, "", ""]
         self.position = 0
         self.board = list(numbers)
         self.valid = True
@@ -230,14 +228,16 @@ class _Derivation:
                 self.position += 1
             if not self.tokens[self.position]:
                 return
-            value = self.expression(takes=True)
+            first, second = self.tokens[self.position : self.position + 2]
+            is_stated = second == "=" and first not in map(str, self.board)  # 16 = 8 * 2
+            values = [self.expression(takes=not is_stated)]
             while self.tokens[self.position] == "=":
                 self.position += 1
-                if self.expression(takes=False) != value:
-                    self.valid = False
+                values.append(self.expression(takes=is_stated and len(values) == 1))
+            self.valid &= len(set(values)) == 1
             if self.tokens[self.position] not in ("", ",", ";", "\n"):
                 raise _NotADerivation
-            self.board.append(value)
+            self.board.append(values[0])
 
     def expression(self, takes: bool) -> int | Fraction:
         value = self.term(takes)
@@ -249,10 +249,10 @@ class _Derivation:
 
     def term(self, takes: bool) -> int | Fraction:
         value = self.factor(takes)
-        while (operator := self.tokens[self.position]) in ("*", "/"):
-            self.position += 1
+        while (operator := self.tokens[self.position]) in ("*", "/", "("):
+            self.position += operator != "("  # 2(3 + 5)
             other = self.factor(takes)
-            value = value * other if operator == "*" else self.quotient(value, other)
+            value = self.quotient(value, other) if operator == "/" else value * other
         return value
 
     def factor(self, takes: bool) -> int | Fraction:

@@ -37,6 +37,13 @@ from verify import verify_countdown
         "I try 3*5.\nThe answer is (3+5)*2.",
         "Answer: (3+5)*2 = 16",
         "3 - 5 = -2\nthat fails\n2 * (3 + 5) = 16",
+        "16 = 2 * (3 + 5)",
+        "8 = 3 + 5, 16 = 8 * 2",
+        "2(5 + 3)",
+        "(5 + 3)(2)",
+        "<answer>3 + 5 = 8, 8 * 2 = 16\n(3 + 5) * 2 = 16</answer>",
+        "<answer>\\boxed{(3+5)*2}</answer>",
+        "(3+5)*2 = 16 \\boxed{}",
     ],
 )
 def test_verify_countdown_accepts(response):
@@ -82,6 +89,10 @@ def test_verify_countdown_accepts(response):
         ("<answer>lambda: 16</answer>", "unparsable"),
         ("I do not know", "unparsable"),
         ("(3+5)*2 \\boxed{3+5}", "wrong"),
+        ("15 = (3+5)*2", "wrong"),
+        ("<think>\\boxed{(3+5)*2}</think> 3+5+2", "wrong"),
+        ("<think>(3+5)*2", "no_answer"),
+        (" , ;", "no_answer"),
         ("(3+5)*2 <answer>16</answer>", "wrong"),
         ("<answer></answer>", "no_answer"),
         ("", "no_answer"),
@@ -93,6 +104,12 @@ def test_verify_countdown_rejects(response, reason):
     that is not + - * / and parentheses."""
     verdict = verify_countdown(response, (3, 5, 2), 16)
     assert (verdict.correct, verdict.reason) == (False, reason)
+
+
+def test_verify_countdown_without_a_step():
+    """Fault: separators alone leave a board of one number as it is, and earn the reward."""
+    for text in (",", ";;", "\\boxed{,}", "<answer>;</answer>", " \n,"):
+        assert not verify_countdown(text, (5,), 5).correct, text
 
 
 def test_verify_countdown_exact_rationals():

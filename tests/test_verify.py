@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import signal
 import statistics
@@ -17,6 +18,7 @@ import pytest
 
 from answers import equality, workers
 from answers.equality import check_gold
+from tests import fuzz_verify
 from verify import (
     answers_match,
     extract_answer,
@@ -64,8 +66,8 @@ class Problem:
         ("The final answer is 42.", "42"),
         ("the answer is: 3/4", "3/4"),
         ("**Answer:** 42", "42"),
-        ("I count 3 cats and 4 dogs, so 7 animals in all", "7"),
-        ("it costs 1,234 dollars", "1,234"),
+        ("I count 3 cats and 4 dogs, so 7 animals in all", "7 animals"),
+        ("it costs 1,234 dollars", "1,234 dollars"),
         ("nothing here", None),
         ("", None),
         ("<answer></answer>", None),
@@ -178,6 +180,29 @@ def test_verify_math_reasons():
     assert verify_math("<answer>^_^</answer>", "42").reason == "unparsable"
 
 
+NAMED_FAULTS = {  # class of verify_cases.jsonl: the fault that its cases would catch
+    "last_marker": "an earlier box, tag or thought counts, though a later one, empty or cut off,"
+    " withdraws it; an inner box beats the outer, a sign before the box is lost",
+    "withdrawn": "what the text denies, doubts or takes back is rewarded",
+    "words_beside": "words that change a number (at least, half of, dozen, squared) are dropped",
+    "no_marker": "the last number of any text, finished or not, is the answer",
+    "choice_letters": "one of several letters, or the first letter of a sentence, is a choice",
+    "many_points": "functions that agree at a few points only are equal",
+    "close_numbers": "numbers that differ behind the precision are equal",
+    "approximations": "each side of an approximation is an answer of its own",
+    "and_or": "x > 1 or x < 6 is the interval (1, 6)",
+    "question": "an exercise such as 17 * 23 is the number that it asks for",
+    "spellings": "escaped backslashes and values behind \\\\quad are not read",
+    "modulo": "3 (mod 7) is 4, or 3 (mod 8)",
+}
+
+
+def test_named_faults_have_cases():
+    """Would lose the cases of one of the faults above, both right answers and wrong ones."""
+    for name in NAMED_FAULTS:
+        assert sum(case["class"] == name for case in CASES) >= 6, name
+
+
 # ---- hostile text and time ----
 
 HOSTILE = [
@@ -244,6 +269,29 @@ def test_hostile_text(gold):
             assert not verify_math(response, gold, timeout_s=2.0).correct, text[:80]
             assert time.perf_counter() - start < 3.0, text[:80]
         answers_match(text, gold, timeout_s=2.0)
+
+
+def test_fuzz():
+    """Would hold up the calling process: exponential comparison of nested sets, a regex that runs
+    over the same text again and again, a budget that some recursion escapes. See fuzz_verify.py;
+    the bound leaves room for a loaded machine."""
+    rng = random.Random(13)
+    texts = [fuzz_verify.random_text(rng) for _ in range(60)]
+    texts += [left * 60 + "x" + right * 60 for left, right in fuzz_verify.NESTS]
+    texts += [(unit * 2000)[:1990] + "!" for unit in fuzz_verify.REPEATS]
+    for i, text in enumerate(texts):
+        gold = fuzz_verify.GOLDS[i % len(fuzz_verify.GOLDS)]
+        assert fuzz_verify.slowest(text, [gold]) < 1.0, text[:200]
+
+
+def test_ten_megabytes():
+    """Would read all of a text of 10 MB: only its end, and short answers, are looked at."""
+    for unit in ("\\boxed{1} ", " ", "$", "(", "the answer is 5. ", "<think>", "1"):
+        text = unit * (10**7 // len(unit))
+        start = time.perf_counter()
+        verify_math(text, "C")
+        answers_match("C", text)
+        assert time.perf_counter() - start < 1.0, unit
 
 
 SLOW_IN_PROCESS = [

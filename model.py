@@ -293,11 +293,11 @@ class Transformer(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **options) -> "Transformer":
-        """Load a Hugging Face directory; see hf.load_model for the options."""
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "Transformer":
+        """Load a Hugging Face directory; see hf.load_model."""
         import hf  # which imports this file
 
-        return hf.load_model(path, **options)
+        return hf.load_model(path, dtype, device)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a directory that transformers and vLLM load as it is; see hf.save_model."""

@@ -36,7 +36,7 @@ PANELS = {
     "pass": "held-out pass@{K} (diamonds: after RFT)",
     "rl/grad_norm": "gradient norm",
     "rl/entropy_mean_nat": "entropy (nat a token)",
-    "rl/len_mean_tok": "response length (tokens)",
+    "pass@k": "held-out pass@k at the end (gray: base)",
 }
 
 
@@ -246,23 +246,37 @@ def draw_evals(ax, runs: list[Run], measure: str, color: str) -> None:
     ax.plot(after_rft.keys(), after_rft.values(), "D", color=color)
 
 
+def draw_pass_at_k(ax, evals: list[dict], color: str) -> None:
+    """Held-out pass@k over the number of samples k."""
+    ks = sorted(int(key[10:]) for key in evals[0] if re.fullmatch(r"eval/pass@\d+", key))
+    curves = [{(k,): e[f"eval/pass@{k}"] for k in ks} for e in evals]
+    draw_mean(ax, curves, color, marker="o", markersize=4)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ks, [str(k) for k in ks])
+    ax.set_xlabel("samples k")
+
+
 def write_plot(groups: dict[str, list[Run]], file: Path) -> None:
     """One picture of six panels, a colour for each group."""
     from matplotlib.figure import Figure
 
     runs = [run for same in groups.values() for run in same]
     window = max(len(run.records["rl"]) for run in runs) // 30 // 2 * 2 + 1
+    colors = {"base": "gray"} | {label: f"C{n % 10}" for n, label in enumerate(groups)}
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     axes = dict(zip(PANELS, figure.subplots(2, 3).flat, strict=True))
     for key, ax in axes.items():
         ax.set_title(PANELS[key].format(K=runs[0].config["eval.num_samples"]))
         ax.set_xlabel(f"RL steps (moving mean of {window})" if "rl/" in key else "RL steps")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        for n, same in enumerate(groups.values()):
+        for label, same in groups.items():
             if "rl/" in key:
-                draw_steps(ax, same, key, f"C{n % 10}", window)
-            else:
-                draw_evals(ax, same, key, f"C{n % 10}")
+                draw_steps(ax, same, key, colors[label], window)
+            elif key != "pass@k":
+                draw_evals(ax, same, key, colors[label])
+    for name in final_evals(groups).keys() & colors.keys():
+        draw_pass_at_k(axes["pass@k"], final_evals(groups)[name], colors[name])
+    for ax in axes.values():
         ax.axhline(0, alpha=0)  # the margin above the data is one of the whole range
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.4)

@@ -390,13 +390,12 @@ class _Comparison:
         if kind == "rel":
             return self.inequality(node)
         if kind == "union":
-            points = [(None, ("interval", part, part, True, True)) for part in node[1]]
-            parts = zip(node[1], points, strict=True)
-            return [piece for part, point in parts for piece in self.pieces(part) or [point]]
+            parts = [self.pieces(p) or [(None, ("interval", p, p, True, True))] for p in node[1]]
+            return sum(parts, [])
         if kind != "list":
             return [(None, _EVERYTHING)] if node == _REALS else []
         parts = [self.pieces(part) for part in node[1]]
-        return [piece for part in parts for piece in part] if all(parts) else []
+        return sum(parts, []) if all(parts) else []
 
     def inequality(self, node: tuple) -> list[tuple[tuple, tuple]]:
         """x > 2, 2 < x <= 5, x != 3"""

@@ -49,8 +49,7 @@ _REALS = ("var", "mathbb R")
 _INFINITY = ("const", "inf")
 _MINUS = ("neg", _INFINITY)
 _EVERYTHING = ("interval", _MINUS, _INFINITY, False, False)
-
-
+_SIGNS = {"pm", "mp"}
 _NOT_REAL = object()
 _UNSURE = ("?", 1)  # beside the unit that may be none
 
@@ -209,15 +208,11 @@ def _assigns(node: tuple) -> bool:
     return 1 < len(names) == len(node[1]) and all(map(_is_name, names))
 
 
-def _has_sign(node: tuple) -> bool:
-    return contains(node, {"pm", "mp"})
-
-
 def _signed(node, sign: int):
     """The tree with every ± read as sign and every ∓ as its opposite."""
     if not isinstance(node, tuple) or not node:
         return node
-    if node[0] in ("pm", "mp"):
+    if node[0] in _SIGNS:
         inner = _signed(node[1], sign)
         return inner if (sign > 0) == (node[0] == "pm") else ("neg", inner)
     return tuple(_signed(child, sign) for child in node)
@@ -226,7 +221,7 @@ def _signed(node, sign: int):
 def _items(node: tuple) -> list[tuple]:
     items = []
     for item in node[1] if node[0] in ("list", "set") else [node]:
-        items += [_signed(item, 1), _signed(item, -1)] if _has_sign(item) else [item]
+        items += [_signed(item, 1), _signed(item, -1)] if contains(item, _SIGNS) else [item]
     if len(items) > MAX_ITEMS:
         raise TooHard("too many items")
     return items
@@ -244,10 +239,6 @@ def _joined(node: tuple, other: tuple) -> tuple:
 def _quantity(node: tuple) -> tuple[tuple, tuple]:
     """(value, unit)"""
     return node[1:] if node[0] == "unit" else (node, ())
-
-
-def _percent(node: tuple) -> tuple | None:
-    return node[1] if node[0] == "pct" else None
 
 
 # ---- the comparison ----
@@ -282,14 +273,12 @@ class _Comparison:
             return self.same_named(named or (None, gold), answer_named or (None, answer))
         if "union" in kinds:
             return self.same_region(gold, answer)
-        if kinds & {"list", "set"} or _has_sign(gold) or _has_sign(answer):
+        if kinds & {"list", "set"} or contains((gold, answer), _SIGNS):
             return self.same_collection(gold, answer)
-        if "matrix" in kinds:
-            return len(kinds) == 1 and self.all_same(gold[1], answer[1], self.all_same)
         if kinds & {"interval", "rel"} or _REALS in (gold, answer):
             return self.same_region(gold, answer)
-        if kinds & {"tuple", "ratio", "minus", "mod"}:
-            return self.same_parts(gold, answer)
+        if kinds & {"tuple", "matrix", "ratio", "minus", "mod"}:
+            return len(kinds) == 1 and self.all_same(gold[1], answer[1])
         return self.same_quantity(gold, answer)
 
     def all_same(self, gold: Sequence, answer: Sequence, same: Callable | None = None) -> bool:
@@ -305,12 +294,6 @@ class _Comparison:
                 return False
             del left[i]
         return not left
-
-    def same_parts(self, gold: tuple, answer: tuple) -> bool:
-        if gold[0] != answer[0]:
-            return False
-        nested = gold[0] in ("tuple", "ratio")
-        return self.all_same(*(node[1] if nested else node[1:] for node in (gold, answer)))
 
     # names
 
@@ -361,10 +344,8 @@ class _Comparison:
         (gold_name, gold_value), (name, value) = gold, answer
         if gold_value is None or value is None:
             return False
-        names = (gold_name, name)
-        is_any = None in names or "text" in (gold_name[0], name[0]) or gold_name == name
-        function = ("mul", (("var", "f"), ("var", "x")))
-        return (is_any or set(names) == {("var", "y"), function}) and self.same(gold_value, value)
+        is_any = None in (gold_name, name) or "text" in (gold_name[0], name[0])
+        return (is_any or gold_name == name) and self.same(gold_value, value)
 
     def same_assignment(self, equations: Sequence[tuple], values: tuple) -> bool:
         """x = 1, y = 2 is 1, 2 in this order, and (1, 2) in the order of the names."""
@@ -409,11 +390,12 @@ class _Comparison:
         if kind == "rel":
             return self.inequality(node)
         if kind == "union":
-            return [piece for part in node[1] for piece in self.pieces(part) or [_point(part)]]
+            parts = [self.pieces(p) or [(None, ("interval", p, p, True, True))] for p in node[1]]
+            return sum(parts, [])
         if kind != "list":
             return [(None, _EVERYTHING)] if node == _REALS else []
         parts = [self.pieces(part) for part in node[1]]
-        return [piece for part in parts for piece in part] if all(parts) else []
+        return sum(parts, []) if all(parts) else []
 
     def inequality(self, node: tuple) -> list[tuple[tuple, tuple]]:
         """x > 2, 2 < x <= 5, x != 3"""
@@ -450,10 +432,8 @@ class _Comparison:
             return True
         if (("deg", 1),) in (gold_unit, unit):  # 90 degrees is pi/2
             return contains(gold if unit else answer, {"const"}) and self.same_value(gold, answer)
-        percent = _percent(gold_value)
-        if percent is None or unit or _percent(value) is not None:
-            return False
-        return self.same_value(percent, value)
+        is_percent = gold_value[0] == "pct" and value[0] != "pct" and not unit
+        return is_percent and self.same_value(gold_value[1], value)
 
     # numbers and functions
 
@@ -529,10 +509,6 @@ class _Comparison:
                 scaled = ("mul", (gold, ("num", a, 0))), ("mul", (answer, ("num", g, 0)))
                 return self.agree_everywhere(*scaled, names)
         return False
-
-
-def _point(node: tuple) -> tuple[None, tuple]:
-    return None, ("interval", node, node, True, True)
 
 
 # ---- numbers ----

@@ -184,10 +184,8 @@ class Evaluation:
 
     def rational_power(self, b, e: Fraction):
         """Exact where it can be; a negative base has a real odd root."""
-        if b == 0:
-            if e < 0:
-                raise Undefined("division by zero")
-            return Fraction(0)
+        if b == 0 and e > 0:
+            return b
         is_real = isinstance(b, Fraction) or not SMALL.im(b)
         if is_real and b < 0 and e.denominator % 2:
             return self.rational_power(-b, e) * (-1) ** (e.numerator % 2)
@@ -199,8 +197,6 @@ class Evaluation:
 
     def general_power(self, b, e):
         b, e = real(b), real(e)
-        if b == 0:
-            raise Undefined("0 to a non-integer power")
         log = SMALL.log(b)
         self.small(e * log, MAX_EXPONENT)
         return SMALL.exp(e * log)
@@ -231,8 +227,6 @@ class Evaluation:
     def fn_root(self, x, n):
         if not isinstance(n, Fraction) or n == 0:
             raise TooHard("root")
-        if isinstance(x, Fraction) and x < 0 and n == 2:
-            return SMALL.j * real(self.rational_power(-x, 1 / n))
         return self.rational_power(x, 1 / n)
 
     def fn_exp(self, x):
@@ -260,9 +254,7 @@ class Evaluation:
             return x
         if SMALL.im(x):
             raise Undefined("not real")
-        x = SMALL.re(x)
-        nearest = SMALL.nint(x)
-        return nearest if abs(x - nearest) < SMALL.mpf(10) ** (10 - SMALL.dps) else x
+        return SMALL.re(x)
 
     def fn_factorial(self, n):
         if is_integer(n) and n < 0:

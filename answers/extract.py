@@ -5,10 +5,6 @@ import re
 LOOK_BACK = 20_000  # characters from the end in which an answer is looked for
 _BRACES = re.compile(r"\\?(?:boxed|fbox|framebox)\s{0,9}\{|\\[{}\\]|[{}]")
 _BARE_BOX = re.compile(r"\\boxed\s{0,9}(-?\.?\d[\d.,/]*)")
-_TEMPLATE = re.compile(
-    r"(?:\\text\s?\{)?\s?(?:\.\.\.|\\l?dots|…|(?:(?:your|final|the) ){0,3}answer(?: here)?)\s?\}?",
-    re.IGNORECASE,
-)  # a box that is copied from the prompt
 _JOINT = re.compile(
     r"[\s$.\\()\[\]]{0,9}(?:,|;|\\text\s?\{|\\quad|and\b|or\b|\\ |[\s}$]){0,9}"
     r"(?<=[,;\s$}dr])[\s$\\()\[\]]{0,9}"
@@ -29,7 +25,6 @@ _PHRASE = re.compile(
     r"|\**:?\**\s{0,9}(?=\n|\$|\\[(\[]|\d))(?:\s{0,9}:)?|\bI(?:'d| would| will)? (?:pick|choose)\b",
     re.IGNORECASE,
 )
-_ADVERB = re.compile(r"(?:therefore|thus|hence|then|simply|just|clearly|indeed)\b[,:\s]{0,9}")
 _END_OF_TEXT = re.compile(
     r"(?:\s{0,9}(?:<\|\w{1,20}\|>(?:user)?|</s>|I hope it is correct\.?)){1,9}$"
 )
@@ -148,14 +143,14 @@ def _tagged(text: str) -> tuple[int, str]:
 
 def _boxes(text: str) -> list[tuple[int, int, int]] | None:
     """(start of the command, start and end of the content) of the outermost boxes, or None when the
-    last is not closed. Boxes copied from the prompt are left out."""
+    last is not closed."""
     open_braces, boxes, depth = [], [], 0
     for mark in _BRACES.finditer(text):
         if mark[0] == "}":
             opened = open_braces.pop() if open_braces else None
             if opened:
                 depth -= 1
-                if not depth and not _TEMPLATE.fullmatch(text[opened[1] : mark.start()]):
+                if not depth:
                     boxes.append((*opened, mark.start()))
         elif mark[0] == "{" or mark[0][-1] == "{" and len(mark[0]) > 2:
             is_box = len(mark[0]) > 1
@@ -199,8 +194,7 @@ def _last(pattern: re.Pattern, text: str, boxes: list[tuple[int, int, int]]) -> 
 def _behind_phrase(text: str, phrase: re.Match) -> str | None:
     """What follows "answer is" or "Answer:" in its sentence; None if it is doubted or withdrawn."""
     before = _SENTENCE_END.split(text[: phrase.start()][-300:])[-1]
-    rest = text[phrase.end() :].lstrip(" \t\n:*#_")
-    rest = _one_line(_ADVERB.sub("", rest, count=1) if _ADVERB.match(rest) else rest)
+    rest = _one_line(text[phrase.end() :].lstrip(" \t\n:*#_"))
     end = _SENTENCE_END.search(rest)
     sentence, behind = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
     sentence = _AFTERTHOUGHT.split(sentence, maxsplit=1)[0] or sentence
@@ -238,7 +232,7 @@ def _stated(sentence: str) -> str | None:
 def _value(sentence: str) -> str:
     """The value that a sentence gives, whole: of "the largest n is 34" the 34.
 
-    A sentence of doubt is not taken apart: its words are no value."""
+    A sentence of doubt is not taken apart."""
     sentence = sentence.strip(' *_`"')
     sentence = _CLAUSE.sub(r" \1", _TAIL.sub("", _CONTRAST.sub("", sentence)))
     if _DOUBT.search(sentence):

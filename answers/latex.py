@@ -4,11 +4,11 @@ A node is a tuple, its first entry the kind:
     ("num", Fraction, digits)   digits: significant digits as written with a point, 0 for an integer
     ("var", name)  ("const", "pi" | "e" | "i" | "inf" | other)  ("text", words)
     ("add", nodes) ("mul", nodes) ("inv", x) ("neg", x) ("pm", x) ("mp", x) ("pow", base, exponent)
-    ("pct", x)  ("mod", x, modulus)  ("unit", x, ((name, power), ...))
+    ("pct", x)  ("unit", x, ((name, power), ...))
     ("fn", name, nodes)         sqrt is ("fn", "root", (x, n)), |x| is "abs", n! is "factorial"
     ("integral", variable, low, high, body)
-    ("list" | "tuple" | "set" | "ratio" | "union" | "both", nodes)   both: relations joined by and
-     ("minus", set, set)  ("matrix", rows)
+    ("list" | "tuple" | "set" | "ratio" | "union" | "minus" | "mod" | "matrix" | "both", nodes)
+                                both: relations joined by and; matrix: rows
     ("interval", low, high, low_closed, high_closed)  ("rel", nodes, operators)
 Nothing is evaluated while parsing. Text is never executed.
 """
@@ -134,7 +134,7 @@ _SYNONYMS = _pairs(
     " dots:ldots cdots:ldots lbrace:{ rbrace:} lvert:| rvert:| vert:| mid:| land:and lor:or"
     " setminus:backslash lbrack:[ rbrack:] implies:rightarrow Rightarrow:rightarrow"
     " degree:circ deg:circ overrightarrow:vec varphi:phi varepsilon:epsilon arccos:acos"
-    " arcsin:asin arctan:atan dbinom:binom tbinom:binom equiv:="
+    " arcsin:asin arctan:atan dbinom:binom tbinom:binom equiv:= bmod:pmod mod:pmod"
 )
 FUNCTIONS = _words(  # one without a value in evaluation.py equals itself only
     "sin cos tan cot sec csc asin acos atan arcsin arccos arctan sinh cosh tanh log ln lg exp gcd"
@@ -361,7 +361,7 @@ class _Parser:
         node = part()
         while self.at("\\cup", "\\backslash"):
             if self.take() == "\\backslash":
-                node = ("minus", node, part())
+                node = ("minus", (node, part()))
             else:
                 node = ("union", (*(node[1] if node[0] == "union" else (node,)), part()))
         return node
@@ -376,7 +376,7 @@ class _Parser:
             nodes.append(self.sum())
         node = nodes[0] if len(nodes) == 1 else ("ratio", tuple(nodes))
         node = ("rel", tuple(nodes), tuple(operators)) if operators else node
-        return ("mod", node, self.argument()) if self.accept("\\pmod", "\\bmod", "\\mod") else node
+        return ("mod", (node, self.argument())) if self.accept("\\pmod") else node
 
     def sum(self) -> tuple:
         items = []
@@ -540,8 +540,7 @@ class _Parser:
             elif power is None and self.accept("^"):
                 power = self.exponent()
         if self.at("(", "[", "{", "|", "\\{"):
-            argument = self.atom()
-            arguments = argument[1] if argument[0] in ("tuple", "set") else (argument,)
+            arguments = (self.atom(),)
         else:
             self.deeper()
             arguments = (self.function_argument(),)
@@ -549,7 +548,7 @@ class _Parser:
         arguments = arguments if base is None else (*arguments, base)
         if power == ("neg", integer(1)):
             return ("fn", {"sin": "asin", "cos": "acos", "tan": "atan"}.get(name, "?"), arguments)
-        node = ("fn", name, tuple(arguments))
+        node = ("fn", name, arguments)
         return node if power is None else ("pow", node, power)
 
     def function_argument(self) -> tuple:
@@ -653,7 +652,7 @@ class _Parser:
         rows = [row for row in rows if row]
         if not rows or len({len(row) for row in rows}) != 1:
             raise NotMath("the rows of a matrix must be of one length")
-        return ("matrix", tuple(map(tuple, rows)))
+        return ("matrix", tuple(("tuple", tuple(row)) for row in rows))
 
     def unit(self) -> tuple[tuple[str, int], ...]:
         """The unit behind a value, as powers of named units."""
@@ -668,8 +667,6 @@ class _Parser:
                 raise NotMath("a condition is no unit")
             if word in ("/", "per"):
                 sign = -1
-            elif word in ("squared", "cubed") and name:
-                powers[name] *= _UNIT_EXPONENTS[word]
             elif word in _UNIT_EXPONENTS:
                 ahead = _UNIT_EXPONENTS[word]
             elif word in ("unit", "units"):

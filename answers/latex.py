@@ -391,14 +391,16 @@ class _Parser:
 
     def term(self) -> tuple:
         factors = [self.factor()]
+        can_have_unit = factors[0][0] in ("num", "neg", "pct", "unit")
         while True:
+            is_letter = can_have_unit and self.kind() == "letter" and not self.at("e", "i")
             if self.accept("*", "\\cdot", "\\times"):
                 factors.append(self.factor())
             elif self.accept("/"):
                 factors.append(("inv", self.factor()))
             elif self.kind() == "text" and factors[0][0] == "num" and self.peek() in _SCALES:
                 factors.append(integer(_SCALES[self.take()]))
-            elif self.kind() == "text" or self.kind() == "letter" and self.is_unit(factors[0]):
+            elif self.kind() == "text" or is_letter:  # 5 \text{m}
                 return ("unit", product(factors), self.unit())
             elif self.kind() == "sign" and self.peek() in _CURRENCIES and self.kind(1) != "number":
                 return ("unit", product(factors), ((_CURRENCIES[self.take()], 1),))
@@ -406,10 +408,6 @@ class _Parser:
                 factors.append(self.power())
             else:
                 return product(factors)
-
-    def is_unit(self, first: tuple) -> bool:
-        """Is the letter in \\text{} a unit? first: the first factor of its term."""
-        return self.peek() not in ("e", "i") and first[0] in ("num", "neg", "pct", "unit")
 
     def starts_factor(self) -> bool:
         if self.kind() == "number":  # 2^{3} 5^{2}, x3; not (2)1

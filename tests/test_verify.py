@@ -192,7 +192,7 @@ NAMED_FAULTS = {  # class of verify_cases.jsonl: the fault that its cases would 
     "approximations": "each side of an approximation is an answer of its own",
     "and_or": "x > 1 or x < 6 is the interval (1, 6)",
     "question": "an exercise such as 17 * 23 is the number that it asks for",
-    "spellings": "escaped backslashes and values behind \\\\quad are not read",
+    "spellings": "escaped backslashes and values behind \\quad are not read",
     "modulo": "3 (mod 7) is 4, or 3 (mod 8)",
 }
 

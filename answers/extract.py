@@ -54,7 +54,8 @@ _WITHDRAWN = re.compile(
 _MORE_VALUES = re.compile(r"\W*(?:(?:and|or|also)\W+)*\\?[\d\W]*\d[\d\W]*")
 _VERB = re.compile(
     r"(?:^|(?<!\bor)\s)(?:is|are|was|were|be|equals?|gets?|gives?|giving|have|has|had|makes?|pays?"
-    r"|paid|costs?|earns?|earned|needs?|runs?|sold|spent|bought|takes?|obtain|find|yields?|contains?|result"
+    r"|paid|costs?|earns?|earned|needs?|runs?|sold|spent|bought|takes?|obtain|find"
+    r"|yields?|contains?|result"
     r"|(?:increases|decreases|grew|rose|fell) by|so|thus|hence|then|therefore|it's)(?:\s*:)?,?\s+",
     re.IGNORECASE,
 )
@@ -66,8 +67,8 @@ _LEAD_IN = re.compile(
 )
 _CHANGING = re.compile(
     r"\d|\\(?!\()|\b(?:than|least|most|half|twice|double|times|minus|negative|plus|roots?|squared?"
-    r"|cubed?|sum|product|percent|dozen|hundred|thousand|[mb]illion|over|under|below|above|error|step"
-    r"|case|when|between|from|mod|or|and)\b"
+    r"|cubed?|sum|product|percent|dozen|hundred|thousand|[mb]illion|over|under|below|above"
+    r"|error|step|case|when|between|from|mod|or|and)\b"
 )  # words beside a formula that make another value of it
 _FORMULAS = re.compile(r"\$[^$\s][^$]*(?<!\s)\$(?:(?:,|,? and|,? or) ?\$[^$]+\$){0,20}")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\*|$)|\n")

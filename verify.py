@@ -32,10 +32,7 @@ def _verdict(reason: str, answer: str | None = None) -> Verdict:
 
 
 def verify_many(
-    problems: Sequence,
-    responses: Sequence[str],
-    timeout_s: float = 5.0,
-    num_workers: int = MAX_WORKERS,
+    problems: Sequence, responses: Sequence[str], timeout_s: float = 5.0, num_workers=MAX_WORKERS
 ) -> list[Verdict]:
     """One verdict for each (problem, response), in order.
 

@@ -43,13 +43,15 @@ def _pairs(text: str) -> dict[str, str]:
 _SIGNS = {
     entry[0]: entry[1:] + " " if "\\" in entry else entry[1:]
     for entry in _words(
-        r"""−- –- —- ‐- ×\times ✕\times ⋅\cdot ·\cdot ∙\cdot ÷/ ∕/ ⁄/ π\pi ∞\infty √\sqrt
-        ∛\sqrt[3] ≤<= ≥>= ⩽<= ⩾>= ≠!= ≈\approx ≡\equiv ∪\cup ∈\in ∅\emptyset ±\pm ∓\mp
-        °\circ θ\theta α\alpha β\beta γ\gamma λ\lambda μ\mu σ\sigma ω\omega φ\phi
-        ⟨\langle ⟩\rangle ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ′' ’' “" ”" €\euro £\pound"""
+        r"""−- –- —- ‐- ×\times ✕\times ⋅\cdot ·\cdot ∙\cdot ÷/ ∕/ ⁄/
+        π\pi ∞\infty √\sqrt ∛\sqrt[3] ≤<= ≥>= ⩽<= ⩾>= ≠!= ≈\approx
+        ≡\equiv ∪\cup ∈\in ∅\emptyset ±\pm ∓\mp °\circ θ\theta α\alpha
+        β\beta γ\gamma λ\lambda μ\mu σ\sigma ω\omega φ\phi ⟨\langle ⟩\rangle
+        ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ′' ’' “" ”" €\euro £\pound"""
     )
 } | {"\u200b": " ", "\ufeff": " "}
-_SUPERSCRIPTS, _SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉"
+_SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"
+_SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉"
 _RUNS = re.compile(f"[{_SUPERSCRIPTS}]+|[{_SUBSCRIPTS}]+")
 _THOUSANDS = re.compile(r"(?<=\d) ?(?:\\[,!; ]|\{ ?, ?\}|, ?\\!) ?(?=\d{3}(?!\d))")
 _MIXED = re.compile(

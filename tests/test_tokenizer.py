@@ -22,7 +22,8 @@ CORPUS = [
 TEXTS = [
     *("", " ", "  two leading spaces", "trailing ", "\n", "\n\n \n"),
     *("What is 12345678901234567890?", "it's WHAT'LL 1,234.5e-6"),
-    *("größer naïve e\u0301 \u2212", "数学题 😀👩\u200d🚀", "<s>hi</s> there", "a<|eot|>b"),
+    *("größer naïve e\u0301 \u2212", "数学题 😀👩\u200d🚀", "<s>hi</s> there"),
+    "a<|eot|>b",
     *(" <|eot|> c\n<|bos|>", "<|bos|><|bos|>x", "\\boxed{\\frac{1}{2}}\t$x$"),
     *("\u00a0\ufeff\x00", "<|eo|t>"),
 ]

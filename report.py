@@ -274,8 +274,9 @@ def write_plot(groups: dict[str, list[Run]], file: Path) -> None:
                 draw_steps(ax, same, key, colors[label], window)
             elif key != "pass@k":
                 draw_evals(ax, same, key, colors[label])
-    for name in final_evals(groups).keys() & colors.keys():
-        draw_pass_at_k(axes["pass@k"], final_evals(groups)[name], colors[name])
+    for name, evals in final_evals(groups).items():
+        if name in colors:
+            draw_pass_at_k(axes["pass@k"], evals, colors[name])
     for ax in axes.values():
         ax.axhline(0, alpha=0)  # the margin above the data is one of the whole range
         ax.set_ylim(bottom=0)

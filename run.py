@@ -91,7 +91,9 @@ class Run:
         stored = read_json(config_file)
         if "run_dir" not in stored and (stored or self._line_files()):
             raise UserError(f"{self.path} holds files of no run. Choose another --run_dir")
-        files = [name for name in (self.cfg.data.train, self.cfg.data.eval) if Path(name).is_file()]
+        data, module = self.cfg.data, self.cfg.data.reward.partition(":")[0]
+        names = (data.train, data.eval, f"{module.replace('.', '/')}.py")
+        files = [name for name in names if Path(name).is_file()]
         hashes = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
         config = dataclasses.asdict(self.cfg) | {"sha256": hashes}
         keys = differing_keys(stored, config)

@@ -28,7 +28,7 @@ METHODS = {"rloop": "RLoop", "rl": "plain RL", "sft": "SFT", "eval": "evaluation
 FINAL_POLICY = {"rloop": "rft", "rl": "rl", "sft": "rft", "eval": "base"}
 # keys that do not make two runs different settings; keys in which compared runs must agree
 NEUTRAL_KEY = re.compile(r"seed|run_dir|(rft\.)?save_every|eval\.every|compute\.(?!dtype).*")
-SHARED_KEY = re.compile(r"data\.eval.*|eval\.(?!every).*")
+SHARED_KEY = re.compile(r"data\.(eval.*|reward)|select\.min_reward|eval\.(?!every).*")
 PLOT = "learning_curves.png"
 PANELS = {
     "rl/reward_mean": "training reward",

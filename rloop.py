@@ -612,7 +612,7 @@ def run_method(cfg: Config) -> None:
         return
     tokenizer = Tokenizer(cfg.model.path, chat=cfg.data.chat_template)
     problems, heldout = load_data(cfg, tokenizer)
-    check_reward(heldout[0])
+    check_reward(heldout)
     policy = load_policy(cfg)
     if run.checkpoint is None:
         evaluate(run, policy, tokenizer, heldout, "base")

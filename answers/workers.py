@@ -134,7 +134,7 @@ def _serve() -> None:
             reply = [run(*arguments), None]
         except MemoryError:  # it ends the process, as the other limits do
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             reply = [None, f"{name}{error}"]
         signal.setitimer(signal.ITIMER_REAL, 0)

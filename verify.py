@@ -76,7 +76,7 @@ def _verify_by_reward(problem, response: str, timeout_s: float) -> Verdict:
     arguments, module = [problem.kind, vars(problem), response], problem.kind.partition(":")[0]
     try:
         reward = ask_worker("verify:call_reward", arguments, timeout_s, module)
-    except ValueError as error:
+    except UserError as error:
         place = f"reward {problem.kind}, problem {problem.id!r}, response {response[:200]!r}"
         raise UserError(f"{place}: {error}") from None
     reason = {None: "timeout", 0: "wrong", 1: "correct"}.get(reward, "partial")

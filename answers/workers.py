@@ -40,9 +40,8 @@ class _Worker:
         self.owner = os.getpid()
 
     def ask(self, request: bytes, timeout_s: float) -> str | None:
-        """The answer, or None at the deadline."""
+        """The answer; None at the deadline, or "" if the process has died."""
         self.process.stdin.write(request + b"\n")
-        self.process.stdin.flush()
         line = self._line(START_S)
         return self._line(timeout_s) if line == "started\n" else line
 
@@ -51,10 +50,7 @@ class _Worker:
         poll.register(self.process.stdout, select.POLLIN)
         if not poll.poll(timeout_s * 1000):
             return None
-        line = self.process.stdout.readline()  # the child writes whole lines
-        if not line:
-            raise EOFError
-        return line.decode()
+        return self.process.stdout.readline().decode()  # the child writes whole lines
 
     def kill(self) -> None:
         self.process.kill()
@@ -71,7 +67,7 @@ def ask_worker(function: str, arguments: list, timeout_s: float, package: str):
     """What "module:function" answers; None when it does not answer in timeout_s, or dies.
 
     package: what is imported before the time counts, besides the module. Values that JSON lacks
-    (dates, bytes) cross as text. Safe to call from threads. Raises ValueError with the text of the
+    (dates, bytes) cross as text. Safe to call from threads. Raises UserError with the text of the
     exception that the import or the function raised.
     """
     request = json.dumps([package, function, arguments, timeout_s], default=str).encode()
@@ -81,18 +77,16 @@ def ask_worker(function: str, arguments: list, timeout_s: float, package: str):
         worker = _idle.pop() if _idle else _Worker()
     try:
         line = worker.ask(request, timeout_s)
-    except (EOFError, BrokenPipeError):  # out of memory, or killed from outside
+    except BrokenPipeError:  # it was out of memory, or killed from outside
         line = None
-    if line is None:
+    if not line:
         worker.kill()
         worker = _Worker()  # starts in the background
     with _lock:
         _idle.append(worker)
-    if line is None:
-        return None
-    answer, error = json.loads(line)
+    answer, error = json.loads(line) if line else (None, None)
     if error is not None:
-        raise ValueError(error)
+        raise UserError(error)
     return answer
 
 
@@ -122,7 +116,8 @@ def _serve() -> None:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a function prints is no answer
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a function prints, or a program that it starts, is no answer
     sys.path.append(os.getcwd())  # the last: no file there stands for another module
     for line in sys.stdin:
         package, function, arguments, timeout_s = json.loads(line)

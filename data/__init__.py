@@ -149,11 +149,8 @@ def _gym_problems(source: str, size: int, seed: int) -> list[Problem]:
     if split not in ("", "heldout"):
         raise UserError(f"data source {source!r}: expected reasoning_gym:TASK[:heldout][?options]")
     task = f"{name}?{options}" if options else name
-    try:
-        arguments, package = [task, size, seed, split or "train"], "reasoning_gym"
-        entries = ask_worker("data.gym:entries", arguments, GYM_GENERATION_S, package)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    arguments, package = [task, size, seed, split or "train"], "reasoning_gym"
+    entries = ask_worker("data.gym:entries", arguments, GYM_GENERATION_S, package)
     if entries is None:
         raise UserError(f"data source {source!r}: took longer than {GYM_GENERATION_S:.0f} s")
     return [Problem(**entry) for entry in entries]

@@ -28,7 +28,7 @@ CODE, RECORDS, COMMAND = re.findall(
 COUNTDOWN = str(ROOT / "configs" / "countdown.toml")
 
 FUNCTIONS = """
-import json, os, sys, time
+import json, os, subprocess, sys, time
 
 value = 1.0
 
@@ -53,6 +53,10 @@ def gold(problem, response):
 def echo(problem, response):
     print("[1.0, null]")
     return json.loads(response)
+
+def starts_a_program(problem, response):
+    return bool(subprocess.run(["sh", "-c", "echo started; echo '[1.0, null]'"]).returncode)
+
 
 def missing_key(problem, response):
     return problem.fields["schema"]
@@ -207,10 +211,14 @@ def test_dates_and_bytes_cross_as_text(place):
 
 def test_reward_on_generated_games(place):
     """Fault: data.reward is ignored for a generated source, or a game does not reach it."""
+    record = {"nums": [3, 5, 2], "target": 16, "level": "easy"}
+    (place / "games.json").write_text(json.dumps(record))
     games = load_problems("countdown:train", size=3, seed=1, reward="my_rewards:numbers")
+    games += load_problems("games.json", reward="my_rewards:numbers")
     for game in games:
         expected = game.numbers[0] / 100 + game.target / 10_000
-        assert verify(game, "x").reward == expected and not game.fields
+        assert verify(game, "x").reward == expected
+    assert games[-1].fields == record and games[-1].numbers == (3, 5, 2)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +236,12 @@ def test_values(place, text, reward, reason):
     """Fault: a share is rounded, is called correct, or what a function prints is its answer."""
     verdict = verify(problem("echo"), text)
     assert (verdict.reward, verdict.reason, verdict.correct) == (reward, reason, reward == 1)
+
+
+def test_no_program_forges_a_reward(place):
+    """Fault: what a program prints that the function runs (a policy's code) is the reward."""
+    for _ in range(2):
+        assert verify(problem("starts_a_program"), "x").reason == "wrong"
 
 
 @pytest.mark.parametrize(

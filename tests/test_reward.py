@@ -36,7 +36,7 @@ def length(problem, response):
     return min(1.0, len(response) / 20)
 
 def terms(problem, response):
-    return min(1.0, sum(number in response.split() for number in ("2", "3", "5", "7", "8")) / 3)
+    return min(0.75, sum(number in response.split() for number in ("2", "3", "5", "7", "8")) / 4)
 
 def numbers(problem, response):
     return problem.numbers[0] / 100 + problem.target / 10_000
@@ -339,7 +339,7 @@ def test_experts_have_the_least_reward():
 def test_run_with_partial_rewards(place):
     """Fault: somewhere between worker and expert a reward is rounded to 0 or 1, or the counters of
     the filter and of the evaluation use another threshold than the selection."""
-    overrides = "--data.reward my_rewards:terms --select.min_reward 0.6 --iterations 1"
+    overrides = "--data.reward my_rewards:terms --select.min_reward 0.5 --iterations 1"
     model = ["--model.path", str(ROOT / "data" / "countdown_base"), "--run_dir", "run"]
     cfg = load_config(COUNTDOWN, [*SMALL_RUN, *overrides.split(), *model])
     rloop.run_method(cfg)
@@ -348,8 +348,8 @@ def test_run_with_partial_rewards(place):
     rows, records = read(run / "trajectories/iteration_1.jsonl"), read(run / "metrics.jsonl")
     for row in rows:
         numbers = sum(number in row["response"].split() for number in ("2", "3", "5", "7", "8"))
-        assert row["reward"] == min(1.0, numbers / 3)
-    assert {row["reward"] for row in rows} == {0.0, 1 / 3, 2 / 3, 1.0}
+        assert row["reward"] == min(0.75, numbers / 4)
+    assert {row["reward"] for row in rows} == {0.0, 0.25, 0.5, 0.75}
     steps = [record for record in records if record["phase"] == "rl"]
     for record in steps:
         rewards = [row["reward"] for row in rows if row["step"] == record["step"]]
@@ -357,14 +357,20 @@ def test_run_with_partial_rewards(place):
     assert any(record["rl/grad_norm"] > 0 for record in steps)
     (counts,) = [record for record in records if record["phase"] == "filter"]
     assert 0 < counts["filter/num_correct"] < len(rows)
-    assert counts["filter/num_correct"] == sum(row["reward"] >= 0.6 for row in rows)
+    assert counts["filter/num_correct"] == sum(row["reward"] >= 0.5 for row in rows)
     experts = read(run / "experts/iteration_1.jsonl")
-    assert min(row["reward"] for row in experts) >= 0.6 > 0.0
-    assert any(row["reward"] < 1 for row in experts)
+    assert min(row["reward"] for row in experts) == 0.5
     evaluation = next(record for record in records if record["phase"] == "eval")
     solved = sum(read(run / "evaluations.jsonl")[0]["num_correct"].values())
     assert evaluation["eval/avg@4"] == pytest.approx(solved / (4 * 8))
     assert 0 < evaluation["eval/avg@4"] < 1
+
+
+@pytest.mark.parametrize(("value", "rule"), [("0", "above 0"), ("1.01", "at most 1")])
+def test_least_reward_has_limits(value, rule):
+    """Fault: every response is an expert, or none can be."""
+    with pytest.raises(UserError, match=f"select.min_reward = .*: must be {rule}"):
+        load_config(COUNTDOWN, ["--select.min_reward", value])
 
 
 def test_runs_of_other_rewards_do_not_compare():

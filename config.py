@@ -42,6 +42,13 @@ def write_json(file: Path, value) -> None:
     os.replace(temporary, file)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, too."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
 def key(default, **limits):
     """A field with its default and its limits (see LIMITS); a bound may be the name of a key."""
     return field(default=default, metadata=limits)
@@ -193,7 +200,9 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
 
 def config_from_command_line(arguments: list[str]) -> tuple[Config, dict[str, float] | None]:
     """The config and, with --plan, the machine to plan for: see --help for the arguments."""
-    parser = argparse.ArgumentParser(epilog="Every key is an option too: --method rl --rl.lr 1e-4")
+    keys = "Every key is an option too: --method rl --rl.lr 1e-4."
+    talk = "To talk to a policy instead: --sample POLICY, with options of its own (add --help)."
+    parser = ArgumentParser(epilog=f"{keys} {talk}")
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="TOML file; its keys are in config.py")
     add("--plan", action="store_true", help="print what the run needs, and do nothing else")

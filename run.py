@@ -76,6 +76,10 @@ class Run:
         self.path = Path(cfg.run_dir)
         self.progress, self.checkpoint = parallel.on_main(self._open)
         self._start = time.perf_counter() - self.progress.seconds
+        if self.progress.finished:
+            print(f"{self.path} is finished; this is its result. A new run needs another --run_dir")
+        elif self.checkpoint is not None:
+            print(f"{self.path}: continuing after RL step {self.rl_steps}")
 
     def _open(self) -> tuple[Progress, Path | None]:
         """Lock the directory, compare its config with ours, and truncate the line files to their

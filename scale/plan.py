@@ -167,8 +167,8 @@ def needed(parts: dict[str, dict[str, float]], *names: str) -> float:
     return sum(parts["always"].values()) + largest + RESERVE
 
 
-def report(cfg: Config, gpus: int, gpu_memory_gb: float) -> str:
-    """The plan as text. Raises UserError for replicas that do not divide the GPUs, and for a
+def main(cfg: Config, gpus: int, gpu_memory_gb: float) -> int:
+    """Print the plan. Raises UserError for replicas that do not divide the GPUs, and for a
     config.json that is missing or not supported."""
     replicas = cfg.compute.replicas
     if gpus % replicas:
@@ -207,4 +207,5 @@ def report(cfg: Config, gpus: int, gpu_memory_gb: float) -> str:
         f"assumed, never measured on a GPU: prompts up to {PROMPT_TOKENS} tokens,"
         f" {RESERVE / GIB:g} GiB in reserve, {FRAGMENTATION:.0%} of training lost in gaps",
     ]
-    return "\n".join(lines)
+    print("\n".join(lines))
+    return 0

@@ -21,11 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from config import ComputeConfig, UserError
@@ -189,6 +185,6 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     state = {}
     for name, tensor in model.state_dict().items():
         whole = whole_tensor(tensor.detach())
-        if rank() == 0:
-            state[name] = whole.cpu()
+        if rank() == 0:  # a copy: a whole tensor may be part of a padded one
+            state[name] = whole.to("cpu", copy=isinstance(tensor, DTensor))
     return state

@@ -191,13 +191,7 @@ class Run:
 
     # ---- checkpoints
 
-    def checkpoint_if(
-        self,
-        due: bool,
-        policy: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        theta_i: dict[str, Tensor] | None = None,
-    ) -> None:
+    def checkpoint_if(self, due: bool, policy, optimizer, theta_i=None) -> None:
         """Write a checkpoint if one is due or a stop is requested. Raises Stopped for a stop."""
         stop = parallel.stop_requested()
         if due or stop:
@@ -205,14 +199,10 @@ class Run:
         if stop:
             raise Stopped
 
-    def save(
-        self,
-        policy: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        theta_i: dict[str, Tensor] | None = None,
-    ) -> None:
+    def save(self, policy: nn.Module, optimizer=None, theta_i=None) -> None:
         """Write a checkpoint under a temporary name and rename it: the weights, the optimizer, the
-        weights that the phase started from, and the progress. Raises UserError for a full disk."""
+        weights that the phase started from (name -> tensor), and the progress. Raises UserError
+        for a full disk."""
         seconds = parallel.on_main(lambda: time.perf_counter() - self._start)
         self.progress = dataclasses.replace(self.progress, seconds=seconds)
         existing = parallel.on_main(self._checkpoints)

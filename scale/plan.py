@@ -43,9 +43,9 @@ class Setting:
 
 def always(s: Setting) -> float:
     """Shards of the weights, their gradients, AdamW's moments, theta_i and the reference model."""
-    with_theta_i = s.cfg.method == "rloop" or s.cfg.rl.kl_coef > 0
-    with_reference = s.cfg.rl.kl_coef > 0
-    return s.shard * ((1 if s.cfg.method == "eval" else 4) + with_theta_i + with_reference)
+    num_copies = 1 if s.cfg.method == "eval" else 4
+    with_kl = s.cfg.rl.kl_coef > 0
+    return s.shard * (num_copies + (s.cfg.method == "rloop" or with_kl) + with_kl)
 
 
 def sampling(s: Setting, rows: int, prompt_tokens: int = PROMPT_TOKENS) -> float:
@@ -126,12 +126,12 @@ def elsewhere(s: Setting) -> dict[str, float]:
     }
 
 
-def main(cfg: Config, gpus: int, gpu_memory_gb: float) -> int:
+def main(cfg: Config, gpus: int = 1, gpu_memory_gb: float = 80) -> int:
     """Print the plan. Raises UserError for replicas that do not divide the GPUs, and for a
     config.json that is missing or not supported."""
     replicas, limit = cfg.compute.replicas, gpu_memory_gb * GIB
-    if gpus % replicas:
-        raise UserError(f"compute.replicas = {replicas}: must divide --gpus {gpus}")
+    if gpus < 1 or gpus % replicas:
+        raise UserError(f"--gpus {gpus}: expected a multiple of compute.replicas = {replicas}")
     s, rows, tokens = Setting(cfg, gpus), cfg.compute.max_rows, cfg.compute.micro_batch_tokens
     base = always(s) + RESERVE
     sizes = {

@@ -203,9 +203,12 @@ def test_bytes_of_a_response_token():
     ("arguments", "message"),
     [
         (["--plan", "--model.path", "nowhere/Some-7B"], "nowhere/Some-7B/config.json: not found"),
-        (["--plan", "--gpus", "0"], "--gpus 0: must be above 0"),
-        (["--plan", "--gpus", "8", "--compute.replicas", "3"], "= 3: must divide --gpus 8"),
-        (["--gpus", "8"], "--gpus: goes with --plan"),
+        (["--plan", "--gpus", "0"], "--gpus 0: expected a multiple of compute.replicas = 1"),
+        (
+            ["--plan", "--gpus", "8", "--compute.replicas", "3"],
+            "--gpus 8: expected a multiple of compute.replicas = 3",
+        ),
+        (["--gpus", "8"], "--gpus and --gpu-memory-gb: go with --plan"),
     ],
 )
 def test_a_plan_that_cannot_be_made_says_why(countdown_toml, capsys, arguments, message):

@@ -16,11 +16,7 @@ from torch import Tensor
 from config import UserError, read_json, write_json
 from model import Transformer, TransformerConfig
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 COPIED_FILES = (  # besides config and weights, what transformers and vLLM read
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -118,7 +114,6 @@ def read_config(path: Path) -> TransformerConfig:
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"{file}: architecture {name!r} is not supported; supported: {known}")
-    family = ARCHITECTURES[name]
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
@@ -136,6 +131,7 @@ def read_config(path: Path) -> TransformerConfig:
             known = ", ".join(map(repr, supported))
             raise UserError(f"{file}: {key} = {value!r} is not supported; supported: {known}")
     bias = hf.get("attention_bias") or False
+    qwen2, qwen3 = name == "Qwen2ForCausalLM", name == "Qwen3ForCausalLM"
     try:
         scaling = {key: float(rope[key]) for key in LLAMA3_ROPE} if rope_type == "llama3" else None
         num_heads, width = hf["num_attention_heads"], hf["hidden_size"]
@@ -146,14 +142,14 @@ def read_config(path: Path) -> TransformerConfig:
             num_layers=hf["num_hidden_layers"],
             num_heads=num_heads,
             num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-            head_dim=hf.get("head_dim") or (128 if family == "qwen3" else width // num_heads),
+            head_dim=hf.get("head_dim") or (128 if qwen3 else width // num_heads),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
             rope_scaling=scaling,
             tie_embeddings=hf.get("tie_word_embeddings") or False,
-            qkv_bias=family == "qwen2" or bias,
-            o_bias=family != "qwen2" and bias,
-            qk_norm=family == "qwen3",
+            qkv_bias=qwen2 or bias,
+            o_bias=bias and not qwen2,
+            qk_norm=qwen3,
             hf_config=hf,
         )
     except KeyError as error:

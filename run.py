@@ -1,13 +1,5 @@
 """The run directory: what a run writes, what it prints, and where a stopped run continues.
-
-RUN/config.json            the resolved config, and the hashes of data files
-RUN/metrics.jsonl          flat records of RL steps, filters, RFT steps and evaluations
-RUN/evaluations.jsonl      correct answers per held-out problem, one line an evaluation
-RUN/trajectories/*.jsonl   every sampled trajectory, one file an iteration
-RUN/experts/*.jsonl        what RFT was trained on
-RUN/policies/NAME/         Hugging Face directories: rl_1, theta_1, rl_2, theta_2, ...
-RUN/checkpoints/NUMBER/    the last two states to continue from
-RUN/lock                   held by the process that runs here
+docs/run_directory.md lists its files.
 
 A step counts once a checkpoint follows it: when a run continues, lines written after its last
 checkpoint are cut off, and those steps are run again. Every method that writes or reads is a

@@ -3,9 +3,10 @@
 python rloop.py --sample runs/x/policies/theta_4 "make 24 from 3 5 9:"
 """
 
+import functools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -16,7 +17,6 @@ from sampler import sample
 from scale import parallel
 
 AT_LEAST = {"num_samples": 1, "temperature": 0, "max_new_tokens": 1, "seed": 0}
-MAX_ROWS = 64  # responses decoded at once
 
 
 def main(arguments: list[str]) -> int:
@@ -34,15 +34,9 @@ def main(arguments: list[str]) -> int:
         policy = hf.load_model(path, None, parallel.device())
         unknown_ids = tokenizer.unknown_ids(policy.config.vocab_size)
         policy.unknown_ids = torch.tensor(unknown_ids, dtype=torch.long, device=parallel.device())
-        options |= {"stop_ids": tokenizer.stop_ids, "max_rows": MAX_ROWS}
-        for n, text in enumerate(_lines() if question is None else [question]):
-            try:
-                prompt = tokenizer.encode_prompt(text, data)
-            except UserError as error:
-                if question is not None or not sys.stdin.isatty():
-                    raise
-                print(f"error: {error}")
-                continue
+        options |= {"stop_ids": tokenizer.stop_ids, "max_rows": 64}
+        encode = functools.partial(tokenizer.encode_prompt, cfg=data)
+        for n, prompt in enumerate(_prompts(encode) if question is None else [encode(question)]):
             # first_prompt: a question that is asked again gets other responses
             (responses,) = sample(policy, [prompt], first_prompt=n, **options)
             for i, response in enumerate(responses, start=1):
@@ -79,18 +73,22 @@ def read_options(arguments: list[str]) -> tuple[str, str | None, bool, dict]:
     return path, question, plain, options
 
 
-def _lines() -> Iterator[str]:
+def _prompts(encode: Callable[[str], list[int]]) -> Iterator[list[int]]:
     """The lines of standard input that are not blank: asked for on a terminal, else printed."""
     terminal = sys.stdin.isatty()
     sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8, the tokenizer refuses
     while True:
         try:
             line = input("\n> " if terminal else "")
+            if line.strip():
+                print("" if terminal else f"> {printable(line)}")
+                yield encode(line)
         except EOFError:
             return
-        if line.strip():
-            print("" if terminal else f"> {printable(line)}")
-            yield line
+        except UserError as error:
+            if not terminal:
+                raise
+            print(f"error: {error}")
 
 
 def printable(text: str) -> str:

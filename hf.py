@@ -159,12 +159,11 @@ def read_config(path: Path) -> TransformerConfig:
 def _check_tensor(name: str, tensor: Tensor, shapes: dict[str, torch.Size], file: Path) -> None:
     if name not in shapes:
         raise UserError(f"{file}: unexpected tensor {name!r} for the architecture in config.json")
-    if tensor.shape != shapes[name]:
-        got, expected = tuple(tensor.shape), tuple(shapes[name])
-        raise UserError(f"{file}: tensor {name!r} has shape {got}, expected {expected}")
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        expected = "float32, bfloat16 or float16"
-        raise UserError(f"{file}: tensor {name!r} is {tensor.dtype}, expected {expected}")
+    is_float = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if tensor.shape != shapes[name] or not is_float:
+        got = f"is {tensor.dtype} and has shape {tuple(tensor.shape)}"
+        expected = f"float32, bfloat16 or float16 and {tuple(shapes[name])}"
+        raise UserError(f"{file}: tensor {name!r} {got}, expected {expected}")
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -3,12 +3,6 @@
 `torchrun --nproc-per-node 8 rloop.py --config X` starts the processes. A run of one process takes
 the same path, with nothing to exchange. Processes exchange data in few places, each a collective:
 all processes must call it, in the same order.
-
-    gather           results of work that each does alone; an exception in one is raised in all
-    on_main          what only the first one does (files)
-    total            sums of a step's measures
-    stop_requested   whether any process was asked to stop
-    prepare          FSDP2: a block's parameters are gathered when needed, gradients reduced
 """
 
 import contextlib

@@ -5,9 +5,7 @@
 Memory of a GPU = what is always there + the larger of the phases, which follow one another:
 sampling and training. It is counted from model.py, sampler.py and packing.py in eager mode;
 tests/test_plan.py compares it with the memory of real runs on a CPU. What a GPU needs beyond it is
-assumed. All sizes are bytes.
-
-Letters: D width, V vocabulary, H query heads, K kv heads, E head width, M tokens of a micro-batch.
+assumed. All sizes are bytes; the letters are those of rloop.py.
 """
 
 import math
@@ -57,13 +55,10 @@ def sampling(s: Setting, rows: int, prompt_tokens: int = PROMPT_TOKENS) -> float
     prompts = math.ceil(rows / s.cfg.rl.samples_per_problem)
     slots = rows * num_slots + prompts * round_up(prompt_tokens)
     cache = slots * 2 * c.num_layers * c.num_kv_heads * c.head_dim * b
-    # beside logits, new rows' logits and log-probs: their exp and its sum, attention's weights, or
-    # a block of the prefill
     sorting = 28 if s.cfg.eval.top_p < 1 or s.cfg.eval.top_k > 0 else 0
-    drawing = rows * c.vocab_size * (8 + sorting)
-    attention = rows * c.num_heads * num_slots * 2 * b
+    # beside logits, new rows' logits and log-probs: their exp and its sum, or a block's prefill
     of_token = 4 * c.intermediate_size * b + 8 * c.hidden_size + 2 * c.num_heads * prompt_tokens * b
-    step = max(drawing, attention, prompts * prompt_tokens * of_token)
+    step = max(rows * c.vocab_size * (8 + sorting), prompts * prompt_tokens * of_token)
     return weights + cache + rows * c.vocab_size * 12 + step
 
 
@@ -74,12 +69,12 @@ def training(s: Setting, micro_batch_tokens: int) -> float:
     response beside short ones of its group, which attention pads to its length."""
     if s.cfg.method == "eval":
         return 0.0
-    G, R = s.cfg.rl.samples_per_problem, s.cfg.sampling.max_new_tokens
-    longest, group = PROMPT_TOKENS + R, PROMPT_TOKENS + G * R
+    G, T = s.cfg.rl.samples_per_problem, s.cfg.sampling.max_new_tokens
+    longest, group = PROMPT_TOKENS + T, PROMPT_TOKENS + G * T
     M = max(micro_batch_tokens, longest)
     rows = max(min(G, 1 + M - longest), G * M / group)
     checkpoint = s.cfg.compute.checkpoint_activations
-    batch = gradient(s, M, M * G * R / group, rows * longest, checkpoint)
+    batch = gradient(s, M, M * G * T / group, rows * longest, checkpoint)
     return max((1 + FRAGMENTATION) * batch, 2 * s.shard)
 
 
@@ -95,9 +90,8 @@ def gradient(s: Setting, M: float, response_tokens: float, slots: float, checkpo
     attention = slots * ((2 * HE + 2 * KE) * b + 4 * c.num_heads) + M * HE * b
     kept, inputs = norms + mlp + attention, M * D * b
     activations = c.num_layers * (inputs if checkpoint else kept) + M * D * (8 + 2 * b)
-    # on top of it while its gradient is computed: at the MLP, or at the attention behind it
-    on_top = max(2 * M * c.intermediate_size * b, slots * (HE + 2 * KE) * 2 * b - norms / 2 - mlp)
-    at_block = on_top + (kept - inputs if checkpoint else 0)
+    # on top of it while its gradient is computed, at the MLP
+    at_block = 2 * M * c.intermediate_size * b + (kept - inputs if checkpoint else 0)
     # a chunk's logits, log-softmax and gradient; the head and its gradient
     head, num_logits = c.vocab_size * D, response_tokens * c.vocab_size
     at_logits = (12 if b == 4 else 14) * min(LOGITS_AT_ONCE, num_logits)
@@ -149,8 +143,7 @@ def main(cfg: Config, gpus: int = 1, gpu_memory_gb: float = 80) -> int:
     print("GiB of a GPU")
     for name, size in sizes.items():
         print(f"  {name:<51} {size / GIB:8.2f}")
-    total = "always and the larger of the two"
-    print(f"  {total:<51} {need / GIB:8.2f} of {gpu_memory_gb:g}: {verdict}")
+    print(f"  {'always + the larger phase':<51} {need / GIB:8.2f} of {gpu_memory_gb:g}: {verdict}")
     most = f"compute.max_rows = {most_rows}, compute.micro_batch_tokens = {most_tokens}"
     print(f"  most that fits: {most}\n")
     print("GB of 10^9, at most, for one sampling round a step")

@@ -4,8 +4,6 @@ slower, and its results are equal up to rounding.
 All of it is for CPUs: a setting of the C library's allocator; weights of a sampling copy in the
 order that oneDNN's products need; training attention that computes a prompt once for its group.
 oneDNN's operators are not public in PyTorch: requirements.txt pins its version.
-
-Shapes: as in rloop.py; U tokens of the longest prompt, W of the longest response.
 """
 
 import ctypes

@@ -200,9 +200,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
 
 def config_from_command_line(arguments: list[str]) -> tuple[Config, dict[str, float] | None]:
     """The config and, with --plan, the machine to plan for: see --help for the arguments."""
-    keys = "Every key is an option too: --method rl --rl.lr 1e-4."
-    talk = "To talk to a policy instead: --sample POLICY, with options of its own (add --help)."
-    parser = ArgumentParser(epilog=f"{keys} {talk}")
+    epilog = "Every key is an option too: --rl.lr 1e-4. To talk to a policy: --sample POLICY --help"
+    parser = ArgumentParser(epilog=epilog)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="TOML file; its keys are in config.py")
     add("--plan", action="store_true", help="print what the run needs, and do nothing else")

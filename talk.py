@@ -16,8 +16,6 @@ from data.tokenizer import Tokenizer
 from sampler import sample
 from scale import parallel
 
-AT_LEAST = {"num_samples": 1, "temperature": 0, "max_new_tokens": 1, "seed": 0}
-
 
 def main(arguments: list[str]) -> int:
     """Print responses to the question, or to each line of standard input. Returns the exit code.
@@ -63,7 +61,7 @@ def read_options(arguments: list[str]) -> tuple[str, str | None, bool, dict]:
     add("--plain", action="store_true", help="the prompt without the checkpoint's chat template")
     options = vars(parser.parse_args(arguments))
     path, question, plain = (options.pop(name) for name in ("sample", "question", "plain"))
-    for name, least in AT_LEAST.items():
+    for name, least in (("num_samples", 1), ("temperature", 0), ("max_new_tokens", 1), ("seed", 0)):
         if not options[name] >= least:
             raise UserError(f"--{name} {options[name]}: must be at least {least}")
     if question is not None and not question.strip():

@@ -1,6 +1,6 @@
-"""Talk to a policy: questions in, sampled responses out.
+"""Talk to a policy: python rloop.py --sample runs/x/policies/theta_4 "make 24 from 3 5 9:"
 
-python rloop.py --sample runs/x/policies/theta_4 "make 24 from 3 5 9:"
+The question is the whole prompt, in the checkpoint's chat template if there is one.
 """
 
 import functools

@@ -86,9 +86,9 @@ class Run:
         return any(not has_rl or e["rl_steps"] >= num_steps for e in self.final())
 
 
-def score(evaluation: dict, measure: str, bound: str = "") -> float:
-    """avg@K or pass@K of an evaluation; bound "_low" or "_high": an end of its interval."""
-    return evaluation[f"eval/{measure}@{evaluation['eval/num_samples']}{bound}"]
+def score(evaluation: dict, measure: str) -> float:
+    """avg@K or pass@K of an evaluation."""
+    return evaluation[f"eval/{measure}@{evaluation['eval/num_samples']}"]
 
 
 def load_groups(paths: list[Path]) -> dict[str, list[Run]]:
@@ -299,8 +299,7 @@ def write_page(run: Run, rl_steps: list[int], file: Path) -> None:
                     step["answers"].append(shown_answer(json.loads(line), tokenizer, limit))
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{source}:{number}: not a trajectory: {error!r}") from None
-    shown = {"run": run, "steps": steps.values(), "G": G, "limit": limit}
-    text = render(PAGE, **shown, coloured=tokenizer is not None)
+    text = render(PAGE, run=run, steps=steps.values(), G=G, limit=limit, tokenizer=tokenizer)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(text, "utf-8", "replace")
     temporary.replace(file)
@@ -317,9 +316,7 @@ def main(arguments: list[str]) -> int:
     """Print the tables, write report.md and the picture; returns the exit code."""
     parser = argparse.ArgumentParser(description="Tables and plots of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument(
-        "--steps", nargs="+", type=int, default=[], help="RL steps that the page shows, up to 10"
-    )
+    parser.add_argument("--steps", nargs="+", type=int, default=[], help="for the page: up to 10")
     parser.add_argument("--out", type=Path, help="where the files go (default: the first RUN_DIR)")
     options = parser.parse_args(arguments)
     out = options.out or options.runs[0]

@@ -11,7 +11,7 @@ of a single evaluation is the run's own: 95% bootstrap over problems.
 """
 
 import argparse
-import contextlib
+import functools
 import itertools
 import json
 import math
@@ -26,7 +26,6 @@ from statistics import fmean, stdev
 import jinja2
 import numpy as np
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from config import UserError, differing_keys, flat, read_json
 
@@ -38,7 +37,7 @@ NEUTRAL_KEY = re.compile(
 )
 SHARED_KEY = re.compile(r"data\.eval.*|eval\.(?!every).*")
 PLOT, PAGE = "learning_curves.png", "trajectories.html"
-PAGE_STEPS, PAGE_TOKENS, ANSWER_TOKENS = 10, 200_000, 4_000  # shown in the page, at most
+PAGE_STEPS, PAGE_TOKENS = 10, 200_000  # shown in the page, at most
 PLACE = re.compile(rb'"iteration": \d+, "step": \d+')  # of a trajectory, in its line
 PANELS = {
     "rl/reward_mean": "training reward",
@@ -67,8 +66,8 @@ class Run:
         """The evaluation that stands for the run, after the last RFT or RL step; or none yet."""
         return self.evals(FINAL_POLICY[self.config["method"]])[-1:]
 
-    def policies(self) -> Iterator[tuple[str, str, dict, str]]:
-        """Name, training reward (mean of the phase's last 10 steps), last evaluation and number of
+    def policies(self) -> Iterator[tuple[str, list[float], dict, int | str]]:
+        """Name, training rewards (the last 10 before its evaluation), last evaluation and number of
         experts of the base, every RL phase and every RFT."""
         is_loop = self.config["method"] == "rloop"
         experts = {("rft", r["iteration"]): r["filter/num_experts"] for r in self.records["filter"]}
@@ -77,8 +76,7 @@ class Run:
             name = f"{'RFT' if policy == 'rft' else 'RL phase'} {i + 1}" if is_loop else self.method
             steps = [r for r in self.records["rl"] if r["iteration"] == i]
             rewards = [r["rl/reward_mean"] for r in steps if r["rl_steps"] <= e["rl_steps"]][-10:]
-            reward = f"{fmean(rewards):.3f}" if policy == "rl" else ""
-            yield "base" if policy == "base" else name, reward, e, experts.get((policy, i), "")
+            yield "base" if policy == "base" else name, rewards, e, experts.get((policy, i), "")
 
     def finished(self) -> bool:
         num_steps = self.config["iterations"] * self.config["rl.steps"]
@@ -164,22 +162,21 @@ def final_evals(groups: dict[str, list[Run]]) -> dict[str, list[dict]]:
 
 
 def summary(groups: dict[str, list[Run]]) -> dict:
-    """Rows of the summary as cells, and the plain RL that they are compared with, the best."""
+    """Lines of the summary, and the plain RL that they are compared with, the best."""
     rows, measures = final_evals(groups), ("avg", "pass")
     means = {(name, m): fmean(score(e, m) for e in rows[name]) for name in rows for m in measures}
     plain = [n for n, same in groups.items() if same[0].method == "plain RL" and same[0].finished()]
     reference = max(plain, key=lambda name: means[name, "avg"], default=None)
-    cells = []
+    lines = []
     for name, evals in rows.items():
-        line = [name, str(len(evals)), f"{fmean(e['rl_steps'] for e in evals):.0f}"]
-        line.append(f"{fmean(e['num_trajectories'] for e in evals):,.0f}")
+        cells = []
         for m in measures:
             spread = f" ± {stdev(score(e, m) for e in evals):.3f}" if len(evals) > 1 else ""
             base = means[reference, m] if reference not in (None, name) else 0
             change = f"{means[name, m] / base - 1:+.1%}" if base > 0 else ""
-            line += [f"{means[name, m]:.3f}{spread}", change]
-        cells.append(line)
-    return {"rows": cells, "reference": reference, "num_settings": len(plain)}
+            cells += [f"{means[name, m]:.3f}{spread}", change]
+        lines.append((name, evals, cells))
+    return {"lines": lines, "reference": reference, "num_settings": len(plain)}
 
 
 def smooth(curve: dict, window: int) -> dict:
@@ -234,9 +231,8 @@ def write_plot(groups: dict[str, list[Run]], file: Path) -> None:
     window = max(len(run.records["rl"]) for run in runs) // 30 // 2 * 2 + 1
     colors = {"base": "gray"} | {label: f"C{n % 10}" for n, label in enumerate(groups)}
     figure = Figure(figsize=(13, 7.5), layout="constrained")
-    axes = dict(zip(PANELS, figure.subplots(2, 3).flat, strict=True))
-    for key, ax in axes.items():
-        ax.set_title(PANELS[key].format(K=runs[0].config["eval.num_samples"]))
+    for (key, title), ax in zip(PANELS.items(), figure.subplots(2, 3).flat, strict=True):
+        ax.set_title(title.format(K=runs[0].config["eval.num_samples"]))
         ax.set_xlabel(f"RL steps (moving mean of {window})" if "rl/" in key else "RL steps")
         ax.xaxis.get_major_locator().set_params(integer=True)
         for label, same in groups.items():
@@ -244,53 +240,48 @@ def write_plot(groups: dict[str, list[Run]], file: Path) -> None:
                 draw_steps(ax, same, key, colors[label], window)
             elif key != "pass@k":
                 draw_evals(ax, same, key, colors[label])
-    for name, evals in final_evals(groups).items():
-        if name in colors:
-            draw_pass_at_k(axes["pass@k"], evals, colors[name])
-    for ax in axes.values():
+        for name, evals in final_evals(groups).items():
+            if key == "pass@k" and name in colors:
+                draw_pass_at_k(ax, evals, colors[name])
         ax.axhline(0, alpha=0)  # the margin above the data is one of the whole range
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.4)
-    handles = axes["avg"].get_legend_handles_labels()
+    handles = figure.axes[1].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(file, dpi=120)
 
 
-def load_tokenizer(run: Run) -> Tokenizer | None:
-    """The tokenizer of a policy that the run wrote or started from, if it is still there."""
-    for folder in (*run.path.glob("policies/*"), Path(run.config["model.path"])):
-        with contextlib.suppress(Exception):  # tokenizers raises bare Exception
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return None
-
-
 def shown_answer(t: dict, tokenizer: Tokenizer | None, limit: int) -> dict:
-    """A trajectory with (probability in percent, text) of its first tokens, up to limit. Tokens
-    that share a character are one piece."""
+    """A trajectory with the pieces, (probability in percent, text), of its first limit tokens."""
     prompt_ids, ids, logps = (t.pop(key) for key in ("prompt_ids", "ids", "logps"))
-    t |= {"num_tokens": len(ids), "pieces": [], "prompt": ""}
+    t |= {"num_tokens": len(ids), "pieces": []}
     if tokenizer is not None:
-        t["prompt"] = tokenizer.decode(prompt_ids, skip_special_tokens=False)
-        stream, logp = DecodeStream(skip_special_tokens=False), 0.0
-        for i, token_logp in zip(ids[:limit], logps, strict=False):
-            text, logp = stream.step(tokenizer, i), logp + token_logp
-            if text is not None:  # else a part of a character
-                t["pieces"].append((min(round(100 * math.exp(logp)), 99), text))
-                logp = 0.0
+        decode, start = functools.partial(tokenizer.decode, skip_special_tokens=False), 0
+        t["prompt"] = decode(prompt_ids)
+        for end in range(1, min(len(ids), limit) + 1):
+            text = decode(ids[max(start - 1, 0) : end])
+            if not text.endswith("\ufffd") or end - start == 4 or end == len(ids):  # whole letters
+                before = decode(ids[max(start - 1, 0) : start])
+                percent = min(round(100 * math.exp(sum(logps[start:end]))), 99)
+                t["pieces"].append((percent, text[len(before) :]))
+                start = end
     return t
 
 
 def write_page(run: Run, rl_steps: list[int], file: Path) -> None:
     """trajectories.html: the first groups of the RL steps given, or of steps spread over the run,
     read in one pass. Raises UserError for a broken line."""
-    G, tokenizer, steps = run.config["rl.samples_per_problem"], load_tokenizer(run), {}
+    base = Path(run.config["model.path"]) / "tokenizer.json"
+    files = [f for f in (*run.path.glob("policies/*/tokenizer.json"), base) if f.exists()]
+    tokenizer = Tokenizer.from_file(str(files[0])) if files else None
+    G, steps = run.config["rl.samples_per_problem"], {}
     records = [r for r in run.records["rl"] if r["rl_steps"] in rl_steps] or run.records["rl"]
     for i in np.linspace(0, len(records) - 1, PAGE_STEPS).astype(int):
         place = f'"iteration": {records[i]["iteration"]}, "step": {records[i]["step"]}'
         steps[place.encode()] = {"record": records[i], "answers": []}
     space = PAGE_TOKENS // len(steps)  # 20 tokens for the frame of an answer
     num_answers = max(space // (run.config["sampling.max_new_tokens"] + 20) // G, 1) * G
-    limit = min(space // num_answers, ANSWER_TOKENS)
+    limit = max(space // num_answers, 1)
     for source in run.path.glob("trajectories/*.jsonl"):
         for number, line in whole_lines(source):
             try:
@@ -323,8 +314,7 @@ def main(arguments: list[str]) -> int:
     try:
         groups = load_groups(options.runs)
         runs = [run for same in groups.values() for run in same]
-        K = runs[0].config["eval.num_samples"]
-        text = render("report.md", runs=runs, K=K, **summary(groups))
+        text = render("report.md", runs=runs, **summary(groups))
         print(text)
         out.mkdir(parents=True, exist_ok=True)
         if any(run.records["rl"] for run in runs):

@@ -115,15 +115,14 @@ class Run:
         return progress, checkpoint
 
     def _open_logs(self) -> None:
-        """Open what cfg.logging names. TensorBoard's files are written anew from metrics.jsonl, so
-        that no step stands there twice. Raises UserError for a missing package."""
+        """Open what cfg.logging names. Raises UserError for a missing package."""
         try:
             if "tensorboard" in self.cfg.logging:
                 from torch.utils.tensorboard import SummaryWriter
 
                 shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
                 self._tensorboard = SummaryWriter(self.path / "tensorboard")
-                for record in self.lines("metrics.jsonl"):
+                for record in self.lines("metrics.jsonl"):  # anew, so that no step is there twice
                     self._log(record)
             if "wandb" in self.cfg.logging:
                 import wandb
@@ -157,8 +156,7 @@ class Run:
         if trajectories:
             self.append(f"trajectories/iteration_{iteration + 1}.jsonl", trajectories)
         place = {"iteration": iteration, "rl_steps": self.rl_steps, "num_trajectories": total}
-        seconds = round(time.perf_counter() - self._start, 3)
-        record = record | place | {"time/total_s": seconds}
+        record = record | place | {"time/total_s": round(time.perf_counter() - self._start, 3)}
         self.append("metrics.jsonl", [record])
         self._log(record)
         if line is not None:
@@ -411,9 +409,8 @@ def evaluation_line(r: dict, rl_steps: int, groups: list[list]) -> str:
     line = f"eval {r['policy']:<4} after {rl_steps} RL steps:"
     for key in (f"avg@{r['eval/num_samples']}", f"pass@{r['eval/num_samples']}"):
         line += f"  {key} {r[f'eval/{key}']:.4f}"
-    responses = [t for group in groups for t in group]
     for name, is_right in (("right", True), ("wrong", False)):
-        for t in [t for t in responses if (t.reward == 1) == is_right][:1]:
+        for t in [t for group in groups for t in group if (t.reward == 1) == is_right][:1]:
             line += f"\n  {name}  {quoted(t.problem, 40)}: {quoted(t.response, 100)}"
             line += "" if t.finished else ", cut off"
     return line + truncation_warning(r["eval/truncated_share"])

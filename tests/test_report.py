@@ -493,6 +493,14 @@ def test_page_colours_tokens_by_probability(tmp_path, capsys):
     run = run_with_trajectories(tmp_path / "a", 1, 1, response="aπ b")
     page = page_of(capsys, run)
     assert page.pieces[0] == [["50", "a"], ["25", "π"], ["50", " "], ["50", "b"]]
+    file = run / "trajectories/iteration_1.jsonl"
+    whole = file.read_text()
+    broken = byte_tokenizer().encode("π").ids[:1] * 6  # half letters, as a bad policy writes them
+    line = json.dumps(trajectory(1, 0, 0, ids=broken, logps=[math.log(0.5)] * 6))
+    file.write_text(f"{line}\n")
+    page = page_of(capsys, run)
+    assert page.pieces[0] == [["06", "\ufffd" * 4], ["25", "\ufffd" * 2]]
+    file.write_text(whole)
     (run / "policies/rl_1/tokenizer.json").unlink()
     page = page_of(capsys, run)
     assert page.pieces[0] == [] and page.texts("figure")[0].endswith("finished aπ b")

@@ -32,9 +32,7 @@ from config import UserError, differing_keys, flat, read_json
 METHODS = {"rloop": "RLoop", "rl": "plain RL", "sft": "SFT", "eval": "evaluation"}
 FINAL_POLICY = {"rloop": "rft", "rl": "rl", "sft": "rft", "eval": "base"}
 # keys that do not make two runs different settings; keys in which compared runs must agree
-NEUTRAL_KEY = re.compile(
-    r"seed|run_dir|(rft\.)?save_every|eval\.every|compute\.(?!dtype).*|logging"
-)
+NEUTRAL_KEY = re.compile(r"seed|run_dir|logging|save_every|eval\.every|compute\.(?!dtype).*")
 SHARED_KEY = re.compile(r"data\.eval.*|eval\.(?!every).*")
 PLOT, PAGE = "learning_curves.png", "trajectories.html"
 PAGE_STEPS, PAGE_TOKENS = 10, 200_000  # shown in the page, at most

@@ -79,7 +79,8 @@ class Run:
         self.progress, self.checkpoint = parallel.on_main(self._open)
         self._start = time.perf_counter() - self.progress.seconds
         self._tensorboard = self._wandb = None
-        parallel.on_main(self._open_logs)
+        if not self.progress.finished:
+            parallel.on_main(self._open_logs)
 
     def _open(self) -> tuple[Progress, Path | None]:
         """Lock the directory, compare its config with ours, and truncate the line files to their

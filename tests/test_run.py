@@ -524,9 +524,10 @@ def test_wandb_continues_its_run(config, whole, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     curves: dict[str, list] = {}
     cfg = config("run", "--logging", '["wandb"]')
+    Run(cfg)  # stopped before its first step
     rloop.run_method(cfg)
     assert outcome(cfg) == whole and curves == logged(cfg)
-    Run(cfg)
+    Run(cfg)  # finished: nothing to log
     assert calls == [("run", None, "allow"), ("run", "abc123", "allow")]
 
 

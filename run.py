@@ -173,7 +173,6 @@ class Run:
         if self._tensorboard is not None:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, x)
-            self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(values | {"step": x})
 
@@ -410,11 +409,12 @@ def evaluation_line(r: dict, rl_steps: int, groups: list[list]) -> str:
     line = f"eval {r['policy']:<4} after {rl_steps} RL steps:"
     for key in (f"avg@{r['eval/num_samples']}", f"pass@{r['eval/num_samples']}"):
         line += f"  {key} {r[f'eval/{key}']:.4f}"
+    line += truncation_warning(r["eval/truncated_share"])
     for name, is_right in (("right", True), ("wrong", False)):
         for t in [t for group in groups for t in group if (t.reward == 1) == is_right][:1]:
             line += f"\n  {name}  {quoted(t.problem, 40)}: {quoted(t.response, 100)}"
-            line += "" if t.finished else ", cut off"
-    return line + truncation_warning(r["eval/truncated_share"])
+            line += "" if t.finished else ", truncated"
+    return line
 
 
 def quoted(text: str, width: int) -> str:

@@ -484,7 +484,7 @@ def test_tensorboard_has_every_record_once(config, whole):
     cfg = config("run", "--logging", '["tensorboard"]', "--save_every", "2")
     assert run_and_kill(cfg, len(whole[0]) * 2 // 3, 0.0)
     assert read_tensorboard(cfg)["rl/reward_mean"] == logged(cfg)["rl/reward_mean"]
-    rloop.run_method(cfg)
+    in_child(rloop.run_method, cfg).join(120)  # to its end
     assert outcome(cfg) == whole
     curves = logged(cfg)
     assert read_tensorboard(cfg) == curves
@@ -570,7 +570,7 @@ def test_evaluation_shows_one_right_and_one_wrong_response():
         "  wrong  'p1': '12'",
     ]
     assert console_line([[right]]) == ["  right  'p2': '24'"]
-    assert console_line([[("p1", "1", 0.0, False)]]) == ["  wrong  'p1': '1', cut off"]
+    assert console_line([[("p1", "1", 0.0, False)]]) == ["  wrong  'p1': '1', truncated"]
     assert console_line([]) == []
 
 

@@ -277,7 +277,7 @@ def write_page(run: Run, rl_steps: list[int], file: Path) -> None:
     for i in np.linspace(0, len(records) - 1, PAGE_STEPS).astype(int):
         place = f'"iteration": {records[i]["iteration"]}, "step": {records[i]["step"]}'
         steps[place.encode()] = {"record": records[i], "answers": []}
-    space = PAGE_TOKENS // len(steps)  # 20 tokens for the frame of an answer
+    space = PAGE_TOKENS // len(steps)  # the frame of an answer counts as 20 tokens
     num_answers = max(space // (run.config["sampling.max_new_tokens"] + 20) // G, 1) * G
     limit = max(space // num_answers, 1)
     for source in run.path.glob("trajectories/*.jsonl"):

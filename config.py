@@ -20,6 +20,7 @@ LIMITS = {
     "below": operator.lt,
     "at_most": operator.le,
     "one_of": lambda value, allowed: value in allowed,
+    "among": lambda values, allowed: all(value in allowed for value in values),
 }
 
 
@@ -146,6 +147,8 @@ class Config:
     run_dir: str = "runs/{method}-{seed}"  # {method} and {seed} stand for the values of these keys
     iterations: int = key(4, above=0)  # RLoop iterations (ours)
     save_every: int = key(10, above=0)  # RL or RFT steps between two checkpoints
+    # Also write the metrics to these: ["tensorboard"], ["wandb"] or both.
+    logging: list = field(default_factory=list, metadata={"among": ("tensorboard", "wandb")})
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()

@@ -573,7 +573,7 @@ def evaluate(run, policy, tokenizer, heldout, name: str) -> dict:
     record |= {"eval/num_problems": len(heldout), "eval/num_samples": num_samples}
     evaluation = {"policy": name, "rl_steps": run.rl_steps, "num_correct": counts}
     run.append("evaluations.jsonl", [evaluation])
-    run.commit(record, evaluation_line(record, run.rl_steps))
+    run.commit(record, evaluation_line(record, run.rl_steps, groups, least))
     return record
 
 

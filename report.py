@@ -295,11 +295,9 @@ def write_page(run: Run, rl_steps: list[int], file: Path) -> None:
 
 
 def render(name: str, **values) -> str:
-    """A template of this directory, filled in; in a page every value is escaped."""
-    loader, is_page = (
-        jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        name.endswith(".html"),
-    )
+    """A file of templates/, filled in; in a page every value is escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    is_page = name.endswith(".html")
     environment = jinja2.Environment(autoescape=is_page, loader=loader, trim_blocks=True)
     return environment.get_template(f"{name}.jinja").render(values)
 

@@ -463,7 +463,6 @@ def test_tensorboard_has_every_record_once(config, whole):
     there twice, or the metrics of before the kill are lost."""
     cfg = config("run", "--logging", '["tensorboard"]', "--save_every", "2")
     assert run_and_kill(cfg, len(whole[0]) * 2 // 3, 0.0)
-    assert read_tensorboard(cfg)["rl/reward_mean"] == logged(cfg)["rl/reward_mean"]
     in_child(rloop.run_method, cfg).join(120)  # to its end
     assert outcome(cfg) == whole
     curves = logged(cfg)

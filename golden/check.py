@@ -1,0 +1,173 @@
+"""Checks a port against the golden vectors.
+
+    python -m golden.check [-only PATTERN] [-skip PATTERN] [-deadline SECONDS] COMMAND ...
+
+The command is started once. It reads requests from its standard input, one JSON object a line, and
+answers each with one JSON object a line before it reads the next; golden/README.md has the details.
+A pattern is matched with STAGE/FUNCTION/ID of a case or a beginning of it: "losses",
+"losses/grpo_loss", "*/*/flat*". Exit status 1 if anything failed.
+"""
+
+import argparse
+import fnmatch
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from golden.vectors import STAGES, differences, load_documents, resolve
+
+START_S = 120.0  # a port may take this long to answer its first request
+MAX_SHOWN = 40  # failures that are listed
+
+
+class Failed(Exception):
+    """The port gave no answer; the text says why."""
+
+
+@dataclass
+class Result:
+    """What became of a case. detail: the first difference, or why it was skipped."""
+
+    path: str  # STAGE/FUNCTION/ID
+    stage: str
+    outcome: str  # "passed" | "failed" | "skipped"
+    detail: str = ""
+    hint: str = ""  # the flag of the case and what it means, for a wrong answer
+
+
+class Port:
+    """The command, started again whenever it has ended."""
+
+    def __init__(self, command: list[str], deadline_s: float):
+        self.command, self.deadline_s = command, deadline_s
+        self.process = None
+
+    def ask(self, request: dict) -> dict:
+        """The port's answer to a request. Raises Failed."""
+        deadline_s = self.deadline_s
+        if self.process is None or self.process.poll() is not None:
+            deadline_s = max(START_S, deadline_s)
+            self.start()
+        answers = queue.SimpleQueue()
+        thread = threading.Thread(target=self._exchange, args=(request, answers), daemon=True)
+        thread.start()
+        try:
+            line = answers.get(timeout=deadline_s)
+        except queue.Empty:
+            self.stop()
+            raise Failed(f"no answer within {deadline_s:g} s") from None
+        if not line.endswith("\n"):
+            self.stop()
+            raise Failed(f"ended without an answer, exit status {self.process.returncode}")
+        try:
+            reply = json.loads(line)
+        except ValueError:
+            self.stop()  # what else it wrote would be read as the next answers
+            raise Failed(f"not JSON: {line.strip()[:60]!r}") from None
+        if not (isinstance(reply, dict) and {"output", "skip", "error"} & reply.keys()):
+            raise Failed(f'expected {{"output": ...}} or {{"skip": ...}}, got {line.strip()[:60]}')
+        if "error" in reply:
+            raise Failed(f"error: {reply['error']}")
+        return reply
+
+    def _exchange(self, request: dict, answers: queue.SimpleQueue) -> None:
+        process = self.process
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            answers.put(process.stdout.readline())
+        except (OSError, ValueError):  # it has ended, or wrote bytes that are no UTF-8
+            answers.put("")
+
+    def start(self) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(self.command, **pipes, encoding="utf-8")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+def run(port: Port, documents: list[dict], only: list[str], skip: list[str]) -> Iterator[Result]:
+    """The results of all chosen cases, one by one."""
+    for document in documents:
+        stage, function = document["stage"], document["function"]
+        for case in document["cases"]:
+            path = f"{stage}/{function}/{case['id']}"
+            if only and not _matches(path, only) or _matches(path, skip):
+                continue
+            result = Result(path, stage, "passed")
+            request = {"function": function, "id": case["id"], "inputs": resolve(case["inputs"])}
+            try:
+                reply = port.ask(request)
+                if "skip" in reply:
+                    result.outcome, result.detail = "skipped", str(reply["skip"])
+                    yield result
+                    continue
+                tolerance = case.get("tolerance", document["tolerance"])
+                result.detail = next(judge(case, reply["output"], tolerance), "")
+                if result.detail:
+                    result.outcome = "failed"
+                    result.hint = f"{case['flag']}: {document['flags'][case['flag']]}"
+            except Failed as failure:
+                result.outcome, result.detail = "failed", str(failure)
+            yield result
+
+
+def judge(case: dict, output, tolerance: dict[str, float]) -> Iterator[str]:
+    """One line for each difference between the expected output of a case and this one."""
+    return differences(resolve(case["expected"]), output, tolerance)
+
+
+def _matches(path: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatch(path, p) or fnmatch.fnmatch(path, f"{p}/*") for p in patterns)
+
+
+def table(results: list[Result]) -> str:
+    """Passed, failed and skipped by stage; then the failures, and what each suggests."""
+    counts = {outcome: Counter() for outcome in ("passed", "failed", "skipped")}
+    for result in results:
+        counts[result.outcome][result.stage] += 1
+    lines = [f"{'stage':12} {'passed':>8} {'failed':>8} {'skipped':>8}"]
+    for stage in (*STAGES, "all"):
+        numbers = [c.total() if stage == "all" else c[stage] for c in counts.values()]
+        if sum(numbers):
+            lines.append(f"{stage:12} " + " ".join(f"{number:8}" for number in numbers))
+    failures = [result for result in results if result.outcome == "failed"]
+    for result in failures[:MAX_SHOWN]:
+        lines += ["", f"FAILED {result.path}: {result.detail}"]
+        lines += [f"    {result.hint}"] if result.hint else []
+    if len(failures) > MAX_SHOWN:
+        lines += ["", f"and {len(failures) - MAX_SHOWN} more failures"]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="golden.check", description=__doc__.partition("\n")[0])
+    parser.add_argument("-only", action="append", default=[], metavar="PATTERN")
+    parser.add_argument("-skip", action="append", default=[], metavar="PATTERN")
+    parser.add_argument("-deadline", type=float, default=20.0, metavar="SECONDS")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    options = parser.parse_args(arguments)
+    if not options.command:
+        parser.error("which command starts the port?")
+    port = Port(options.command, options.deadline)
+    try:
+        results = list(run(port, load_documents(), options.only, options.skip))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        port.stop()
+    print(table(results))
+    return int(not results or any(result.outcome == "failed" for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

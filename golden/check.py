@@ -17,7 +17,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from golden.vectors import STAGES, differences, load_documents, resolve
 
@@ -37,7 +37,7 @@ class Result:
     stage: str
     outcome: str  # "passed" | "failed" | "skipped"
     detail: str = ""
-    hint: str = ""  # the flag of the case and what it means, for a wrong answer
+    hints: list[str] = field(default_factory=list)  # of a wrong answer: the flags, what they mean
 
 
 class Port:
@@ -114,7 +114,7 @@ def run(port: Port, documents: list[dict], only: list[str], skip: list[str]) -> 
                 result.detail = next(judge(case, reply["output"], tolerance), "")
                 if result.detail:
                     result.outcome = "failed"
-                    result.hint = f"{case['flag']}: {document['flags'][case['flag']]}"
+                    result.hints = [f"{f}: {document['flags'][f]}" for f in case["flags"]]
             except Failed as failure:
                 result.outcome, result.detail = "failed", str(failure)
             yield result
@@ -142,7 +142,7 @@ def table(results: list[Result]) -> str:
     failures = [result for result in results if result.outcome == "failed"]
     for result in failures[:MAX_SHOWN]:
         lines += ["", f"FAILED {result.path}: {result.detail}"]
-        lines += [f"    {result.hint}"] if result.hint else []
+        lines += [f"    {hint}" for hint in result.hints]
     if len(failures) > MAX_SHOWN:
         lines += ["", f"and {len(failures) - MAX_SHOWN} more failures"]
     return "\n".join(lines)

@@ -7,10 +7,14 @@ What a case needs beside pure functions (a run directory, a tokenizer's files, t
 in for here; every formula is the product's.
 """
 
+import copy
 import json
 import math
 import sys
+import tempfile
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -18,10 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import hf
+import model
 import rloop
 import sampler
 from config import SECTIONS, Config
 from golden.vectors import NOT_FINITE
+from packing import Row
 from rloop import Trajectory
 from run import Progress
 
@@ -113,7 +120,7 @@ def group_advantages(rewards, normalize_std):
 @function
 def step_advantages(groups, normalize_std, max_new_tokens, overlong_buffer):
     rl = {"normalize_std": normalize_std, "overlong_buffer": overlong_buffer}
-    cfg = config(rl=rl, sampling={"max_new_tokens": max_new_tokens})
+    cfg = run_config(rl=rl, sampling={"max_new_tokens": max_new_tokens})
     groups = [
         [
             trajectory(group["problem"], [1] * sample["length"], sample["reward"])
@@ -131,7 +138,7 @@ def dynamic_sampling(
 ):
     rl = {"problems_per_step": problems_per_step, "max_sampling_rounds": max_rounds}
     rl |= {"samples_per_problem": len(rewards[0]), "minibatches": 1}
-    run = MemoryRun(config(rl=rl, seed=seed))
+    run = MemoryRun(run_config(rl=rl, seed=seed))
     run.progress = Progress(iteration=iteration, problems_drawn=drawn)
     waiting, rounds = [*enumerate(rewards)], []
 
@@ -150,7 +157,7 @@ def dynamic_sampling(
 
 @function
 def rl_learning_rates(steps, lr, warmup_steps):
-    run, rates = MemoryRun(config(rl={"lr": lr, "warmup_steps": warmup_steps})), []
+    run, rates = MemoryRun(run_config(rl={"lr": lr, "warmup_steps": warmup_steps})), []
     nothing = [], [], 0, {"time/rollout_s": 0.0}
 
     def update(run, policy, optimizer, usable, reference, lr):
@@ -193,7 +200,7 @@ def bootstrap_interval(values, resamples):
 def evaluation(rewards, finished, earlier, min_reward):
     heldout = [SimpleNamespace(id=id_) for id_ in rewards]
     samples = len(next(iter(rewards.values())))
-    run = MemoryRun(config(eval={"num_samples": samples}, select={"min_reward": min_reward}))
+    run = MemoryRun(run_config(eval={"num_samples": samples}, select={"min_reward": min_reward}))
     run.files["evaluations.jsonl"] = [{"num_correct": counts} for counts in earlier]
     groups = [
         [trajectory(id_, [1], r, f) for r, f in zip(group, finished[id_], strict=True)]
@@ -228,7 +235,7 @@ def next_problems(num_problems, drawn, count, seed):
 @function
 def rft_schedule(num_examples, seed, iteration, epochs, batch_size, lr, warmup_steps):
     rft = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "warmup_steps": warmup_steps}
-    run, steps = MemoryRun(config(rft=rft, seed=seed)), []
+    run, steps = MemoryRun(run_config(rft=rft, seed=seed)), []
     run.progress = Progress(iteration=iteration)
 
     def rft_step(run, policy, optimizer, examples):
@@ -255,7 +262,7 @@ def draw(logprobs, uniforms):
 
 @function
 def adamw(parameters, gradients, lrs, weight_decay, grad_clip):
-    run = MemoryRun(config(optimizer={"weight_decay": weight_decay, "grad_clip": grad_clip}))
+    run = MemoryRun(run_config(optimizer={"weight_decay": weight_decay, "grad_clip": grad_clip}))
     policy = nn.ParameterDict({name: nn.Parameter(tensor(v)) for name, v in parameters.items()})
     optimizer = rloop.new_optimizer(run, policy, resume=False)
     steps = []
@@ -269,10 +276,234 @@ def adamw(parameters, gradients, lrs, weight_decay, grad_clip):
     return steps
 
 
+# ---- layers
+
+
+@function
+def rms_norm(x, weight, eps):
+    layer = model.RMSNorm(len(weight), eps).to(DTYPE)
+    layer.load_state_dict({"weight": tensor(weight)})
+    return layer(tensor(x))
+
+
+@function
+def rope_frequencies(head_dim, rope_theta, rope_scaling):
+    values = {"head_dim": head_dim, "rope_theta": rope_theta, "rope_scaling": rope_scaling}
+    return model.rope_frequencies(SimpleNamespace(**values))
+
+
+@function
+def rotate(x, cos, sin):
+    return model.rotate(tensor(x), tensor(cos)[:, None], tensor(sin)[:, None])
+
+
+@function
+def attention(q, k, v):
+    return model.causal(0, tensor(q)[None], tensor(k)[None], tensor(v)[None])[0]
+
+
+@function
+def swiglu(x, gate, up, down):
+    sizes = {"hidden_size": len(gate[0]), "intermediate_size": len(gate)}
+    layer = model.MLP(SimpleNamespace(**sizes)).to(DTYPE)
+    weights = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    layer.load_state_dict({f"{name}.weight": tensor(w) for name, w in weights.items()})
+    return layer(tensor(x))
+
+
+# ---- the model
+
+
+def empty_policy(config: dict) -> model.Transformer:
+    """A model of a config.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        return model.Transformer(hf.read_config(Path(folder))).to(DTYPE)
+
+
+def policy_of(config: dict, weights: dict, unknown_ids=()) -> model.Transformer:
+    """The model with these weights."""
+    policy = empty_policy(config)
+    policy.load_state_dict({name: tensor(weight) for name, weight in weights.items()})
+    policy.unknown_ids = torch.tensor(unknown_ids, dtype=torch.long) if unknown_ids else None
+    return policy
+
+
+def weights_of(policy) -> dict:
+    return {name: weight.tolist() for name, weight in policy.named_parameters()}
+
+
+def gradients_of(policy) -> dict:
+    return {name: weight.grad.tolist() for name, weight in policy.named_parameters()}
+
+
+@function
+def model_forward(config, weights, ids):
+    return policy_of(config, weights)(torch.tensor(ids))
+
+
+@function
+def model_gradients(config, weights, examples):
+    policy, rows = policy_of(config, weights), [SimpleNamespace(**e) for e in examples]
+    with traced_logprobs() as logps, patch.object(rloop, "finish_step", lambda *_: 0.0):
+        loss, _ = rloop.rft_step(MemoryRun(run_config()), policy, None, rows)
+    logps = [logps[id(row.ids)] for row in rows]
+    return {"logps": logps, "loss": loss, "gradients": gradients_of(policy)}
+
+
+@function
+def model_training(config, weights, examples, steps, lr, weight_decay, grad_clip):
+    run = MemoryRun(run_config(optimizer={"weight_decay": weight_decay, "grad_clip": grad_clip}))
+    policy, rows = policy_of(config, weights), [SimpleNamespace(**e) for e in examples]
+    optimizer = rloop.new_optimizer(run, policy, resume=False)
+    optimizer.param_groups[0]["lr"] = lr
+    output = {"losses": [], "grad_norms": []}
+    for step in range(1, steps + 1):
+        loss, norm = rloop.rft_step(run, policy, optimizer, rows)
+        output["losses"].append(loss)
+        output["grad_norms"].append(norm)
+        if step in (1, steps):
+            output[f"after_{step}"] = weights_of(policy)
+    return output
+
+
+@function
+def policy_gradient(
+    config, weights, groups, unknown_ids, temperature, max_new_tokens, micro_batch_tokens, **rl
+):
+    policy = policy_of(config, weights, unknown_ids)
+    rl |= {"recompute_logprobs": rl["importance_cap"] > 0}
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    compute = {"micro_batch_tokens": micro_batch_tokens}
+    cfg = run_config(rl=rl, sampling=sampling, compute=compute)
+    rows_NG = [[Row(g["prompt_ids"], **sample) for sample in g["samples"]] for g in groups]
+    with traced_logprobs() as logps:
+        totals = rloop.accumulate_gradient(policy, rows_NG, cfg)
+    counts = {name: int(totals.pop(name)) for name in ("tokens", "clip_low", "clip_high")}
+    logps = [[logps[id(row.ids)] for row in rows] for rows in rows_NG]
+    return {"logps": logps} | totals | counts | {"gradients": gradients_of(policy)}
+
+
+@contextmanager
+def traced_logprobs():
+    """Fills a dictionary: id(response ids) to the log-probs that token_logprobs gives them."""
+    logps, token_logprobs = {}, rloop.token_logprobs
+
+    def traced(policy, batch, *temperature):
+        logp_Q, entropy_Q = token_logprobs(policy, batch, *temperature)
+        parts = logp_Q.detach().split([len(row.ids) for row in batch.rows])
+        logps.update((id(row.ids), part) for row, part in zip(batch.rows, parts, strict=True))
+        return logp_Q, entropy_Q
+
+    with patch.object(rloop, "token_logprobs", traced):
+        yield logps
+
+
+@function
+def sample(
+    config, weights, prompts, uniforms, stop_ids, unknown_ids, seed, first_prompt, **options
+):
+    policy = policy_of(config, weights, unknown_ids)
+    place = {"seed": int(seed), "first_prompt": first_prompt, "max_rows": 3, "progress": False}
+    groups = sampler.sample(policy, prompts, stop_ids=set(stop_ids), **place, **options)
+    return [[vars(completion) for completion in group] for group in groups]
+
+
+# ---- one iteration
+
+
+@function
+def iteration(config, weights, prompts, samples, **values):
+    policy, run = policy_of(config, weights), MemoryRun(run_config(iterations=1, **values))
+    problems = [SimpleNamespace(id=str(p)) for p in range(len(prompts))]
+    trace = Trace(prompts, samples)
+    stand_ins = {name: getattr(trace, name) for name in Trace.WRAPPED}
+    stand_ins |= {"respond": trace.respond, "load_policy": lambda _: copy.deepcopy(policy)}
+    stand_ins |= {"evaluate": lambda *_: {}, "step_line": lambda *_: ""}
+    with traced_logprobs() as trace.logps, patch.multiple(rloop, **stand_ins):
+        rloop.run_rloop(run, policy, None, problems, [])
+    return {"steps": trace.steps, "experts": trace.experts, "rft": trace.rft}
+
+
+class Trace:
+    """Gives the samples of a case to the loop, and records what the loop's functions do."""
+
+    WRAPPED = ("update", "training_rows", "accumulate_gradient", "finish_step", "rft_step")
+    WRAPPED += ("token_weights", "filter_experts")
+
+    def __init__(self, prompts: list, samples: list):
+        self.prompts, self.samples = prompts, samples
+        self.steps, self.rft, self.experts = [], [], []
+        self.place: dict[int, list[int]] = {}  # id(response ids) to [step, group, sample]
+        self.ids = []  # keeps these lists alive, so that each id stays its own
+        self.original = {name: getattr(rloop, name) for name in self.WRAPPED}
+
+    def respond(self, policy, tokenizer, problems, cfg, seed, place, **options):
+        groups = []
+        for problem in problems:
+            step = place["step"] - 1
+            number = sum(p[0] == step and p[2] == 0 for p in self.place.values())
+            given = self.samples[step][number]
+            assert str(given["problem"]) == problem.id
+            rows = []
+            for n, sample in enumerate(given["samples"]):
+                row = trajectory(problem.id, **sample, prompt_ids=self.prompts[given["problem"]])
+                row.step, self.place[id(row.ids)] = place["step"], [step, number, n]
+                rows.append(row)
+            self.ids += [row.ids for row in rows]
+            groups.append(rows)
+        return groups, {"time/rollout_s": 0.0}
+
+    def update(self, run, policy, optimizer, groups, reference, lr):
+        usable = [self.place[id(group[0].ids)][1] for group in groups]
+        self.steps.append({"lr": lr, "usable": usable, "updates": []})
+        return self.original["update"](run, policy, optimizer, groups, reference, lr)
+
+    def training_rows(self, groups, cfg):
+        rows_NG = self.original["training_rows"](groups, cfg)
+        self.steps[-1]["advantages"] = [[row.advantage for row in rows] for rows in rows_NG]
+        return rows_NG
+
+    def accumulate_gradient(self, policy, rows_NG, cfg):
+        entry = {"groups": [self.place[id(rows[0].ids)][1] for rows in rows_NG]}
+        self.steps[-1]["updates"].append(entry)
+        totals = self.original["accumulate_gradient"](policy, rows_NG, cfg)
+        entry["logps"] = [[self.logps[id(row.ids)] for row in rows] for rows in rows_NG]
+        names = ("loss", "kl", "entropy", "gap", "gap_max")
+        entry |= {name: totals[name] for name in names}
+        entry |= {name: int(totals[name]) for name in ("tokens", "clip_low", "clip_high")}
+        return totals
+
+    def token_weights(self, lengths, aggregation, max_new_tokens):
+        weights = self.original["token_weights"](lengths, aggregation, max_new_tokens)
+        self.steps[-1]["updates"][-1]["token_weights"] = weights
+        return weights
+
+    def filter_experts(self, run):
+        experts = self.original["filter_experts"](run)
+        self.experts = [self.place[id(expert.ids)] for expert in experts]
+        return experts
+
+    def rft_step(self, run, policy, optimizer, examples):
+        places = [self.place[id(example.ids)] for example in examples]
+        entry = {"lr": optimizer.param_groups[0]["lr"], "examples": places}
+        self.rft.append(entry)
+        entry["loss"], norm = self.original["rft_step"](run, policy, optimizer, examples)
+        entry["logps"] = [self.logps[id(example.ids)] for example in examples]
+        return entry["loss"], norm
+
+    def finish_step(self, run, policy, optimizer, loss, rows_NG):
+        entry = self.rft[-1] if self.rft else self.steps[-1]["updates"][-1]
+        entry["gradients"] = gradients_of(policy)
+        norm = self.original["finish_step"](run, policy, optimizer, loss, rows_NG)
+        entry["grad_norm"], entry["weights"] = norm, weights_of(policy)
+        return norm
+
+
 # ---- what stands in for a run
 
 
-def config(**values) -> Config:
+def run_config(**values) -> Config:
     """A config of the given values; the others play no part in the case."""
     known = {f.name for f in fields(Config)}
     parts = {name: v if name not in SECTIONS else SECTIONS[name](**v) for name, v in values.items()}
@@ -317,6 +548,9 @@ class MemoryRun:
         pass
 
     export = finish_iteration = checkpoint_if
+
+    def phase_start(self, policy) -> dict[str, Tensor]:
+        return {name: weight.detach().clone() for name, weight in policy.state_dict().items()}
 
 
 def main(arguments: list[str]) -> None:

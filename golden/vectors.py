@@ -33,20 +33,23 @@ def dump(document: dict) -> str:
     return text + ',\n "cases": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-def resolve(value):
+def resolve(value, bundles: dict | None = None):
     """The value with every {"bundle": FILE, "tensor": NAME} replaced by the tensor as lists, and
-    every {"bundle": FILE, "prefix": P} by an object of all tensors whose names begin with P."""
+    every {"bundle": FILE, "prefix": P} by an object of all tensors whose names begin with P.
+
+    bundles: file to tensors, by name; the files of the folder are read where it has none."""
     if isinstance(value, list):
-        return [resolve(item) for item in value]
+        return [resolve(item, bundles) for item in value]
     if not isinstance(value, dict):
         return value
-    if value.keys() == {"bundle", "tensor"}:
-        return bundle(value["bundle"])[value["tensor"]].tolist()
-    if value.keys() == {"bundle", "prefix"}:
-        names = [name for name in bundle(value["bundle"]) if name.startswith(value["prefix"])]
-        tensors = {name.removeprefix(value["prefix"]): name for name in sorted(names)}
-        return {key: bundle(value["bundle"])[name].tolist() for key, name in tensors.items()}
-    return {key: resolve(item) for key, item in value.items()}
+    if "bundle" not in value:
+        return {key: resolve(item, bundles) for key, item in value.items()}
+    tensors = (bundles or {}).get(value["bundle"]) or bundle(value["bundle"])
+    if "tensor" in value:
+        return tensors[value["tensor"]].tolist()
+    prefix = value["prefix"]
+    names = [name for name in sorted(tensors) if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors[name].tolist() for name in names}
 
 
 @functools.cache

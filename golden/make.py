@@ -4,12 +4,13 @@ The expected answers are the reference's, in float64, written as the shortest de
 same float32 (or float64, where a file says so). Large arrays go into the model's bundle.
 """
 
+import json
 import os
 
 import numpy as np
 from safetensors.numpy import save
 
-from golden import cases, model_cases, reference
+from golden import cases, model_cases, reference, text_cases, verdict_cases
 from golden.flags import FLAGS
 from golden.vectors import FOLDER, SCHEMA, VERSION, dump, resolve
 
@@ -18,7 +19,8 @@ INLINE = 64  # an array of more numbers goes into the bundle
 
 def documents() -> list[dict]:
     """All files, without expected answers."""
-    return cases.documents() + model_cases.documents()
+    modules = cases, model_cases, text_cases, verdict_cases
+    return [document for module in modules for document in module.documents()]
 
 
 def complete(document: dict, bundles: dict[str, dict]) -> dict:
@@ -81,6 +83,8 @@ def write(name: str, content: bytes) -> None:
 
 
 def main() -> None:
+    (FOLDER / "tokenizer").mkdir(exist_ok=True)
+    write("tokenizer/tokenizer.json", json.dumps(text_cases.tokenizer(), indent=0).encode())
     bundles = model_cases.bundles()
     for document in documents():
         text = dump(complete(document, bundles))

@@ -52,7 +52,8 @@ def applied(mutant: Mutant) -> Iterator[None]:
     exactly once."""
     module_name, _, path = mutant.target.partition(":")
     module = importlib.import_module(module_name)
-    function = inspect.unwrap(reduce(getattr, path.split("."), module))
+    found = reduce(getattr, path.split("."), module)
+    function = inspect.unwrap(found)
     source = textwrap.dedent(inspect.getsource(function))
     for old, new in mutant.edits:
         if source.count(old) != 1:
@@ -61,10 +62,13 @@ def applied(mutant: Mutant) -> Iterator[None]:
     scope = {}
     exec(compile(source, mutant.target, "exec"), vars(module), scope)  # this project's own text
     kept, function.__code__ = function.__code__, inspect.unwrap(scope[path.split(".")[-1]]).__code__
+    forget = getattr(found, "cache_clear", lambda: None)
+    forget()
     try:
         yield
     finally:
         function.__code__ = kept
+        forget()
 
 
 def failing(documents: list[dict]) -> list[dict]:

@@ -26,7 +26,9 @@ import hf
 import model
 import rloop
 import sampler
-from config import SECTIONS, Config
+import verify
+from config import SECTIONS, Config, DataConfig
+from data.tokenizer import Tokenizer
 from golden.vectors import NOT_FINITE
 from packing import Row
 from rloop import Trajectory
@@ -498,6 +500,68 @@ class Trace:
         norm = self.original["finish_step"](run, policy, optimizer, loss, rows_NG)
         entry["grad_norm"], entry["weights"] = norm, weights_of(policy)
         return norm
+
+
+# ---- text
+
+
+@contextmanager
+def tokenizer_of(files: dict, chat: bool = False):
+    """The tokenizer of a model directory with these JSON files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_text(json.dumps(content), encoding="utf-8")
+        yield Tokenizer(folder, chat=chat)
+
+
+@function
+def encode(files, text, add_special_tokens):
+    with tokenizer_of(files) as tokenizer:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+@function
+def decode(files, ids):
+    with tokenizer_of(files) as tokenizer:
+        return tokenizer.decode(ids)
+
+
+@function
+def render_chat(files, messages, add_generation_prompt):
+    with tokenizer_of(files) as tokenizer:
+        return tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt)
+
+
+@function
+def encode_prompt(files, question, prompt, chat_template, context):
+    data = DataConfig(prompt=prompt, chat_template=chat_template)
+    with tokenizer_of(files) as tokenizer:
+        return tokenizer.encode_prompt(question, data, [tuple(message) for message in context])
+
+
+@function
+def special_ids(files, chat, vocab_size):
+    with tokenizer_of(files, chat) as tokenizer:
+        stops = {"stop_ids": sorted(tokenizer.stop_ids), "eos_id": tokenizer.eos_id}
+        return stops | {"unknown_ids": tokenizer.unknown_ids(vocab_size)}
+
+
+# ---- verdicts
+
+
+@function
+def verify_countdown(response, numbers, target):
+    return {"correct": verify.verify_countdown(response, numbers, target).correct}
+
+
+@function
+def answers_match(gold, answer, tolerance):
+    return {"correct": verify.answers_match(gold, answer, tolerance=tolerance).correct}
+
+
+@function
+def verify_math(response, gold, tolerance):
+    return {"correct": verify.verify_math(response, gold, tolerance=tolerance).correct}
 
 
 # ---- what stands in for a run

@@ -34,14 +34,17 @@ def dump(document: dict) -> str:
 
 
 def resolve(value, bundles: dict | None = None):
-    """The value with every {"bundle": FILE, "tensor": NAME} replaced by the tensor as lists, and
-    every {"bundle": FILE, "prefix": P} by an object of all tensors whose names begin with P.
+    """The value with every {"bundle": FILE, "tensor": NAME} replaced by the tensor as lists, every
+    {"bundle": FILE, "prefix": P} by an object of all tensors whose names begin with P, and every
+    {"file": FILE} by the JSON of the file.
 
     bundles: file to tensors, by name; the files of the folder are read where it has none."""
     if isinstance(value, list):
         return [resolve(item, bundles) for item in value]
     if not isinstance(value, dict):
         return value
+    if value.keys() == {"file"}:
+        return json.loads((FOLDER / value["file"]).read_text("utf-8"))
     if "bundle" not in value:
         return {key: resolve(item, bundles) for key, item in value.items()}
     tensors = (bundles or {}).get(value["bundle"]) or bundle(value["bundle"])

@@ -801,7 +801,7 @@ def sampled_logprobs() -> list:
             "unknown_ids",
             "unknown_ids_sampled",
             "A logit of -3.4028235e38, as ids without a token get, has probability 0.",
-            plain | {"logits": [[1.0, -3.4028235e38, 2.0]], "temperature": 0.7},
+            plain | {"logits": [[1.0, -3.4028235e38, 2.0]]},
         ),
     ]
 

@@ -311,6 +311,8 @@ RESPONSES = [
     ("thought", "thought_judged", r"<think>It is \boxed{42}", False),
     ("thought_then_other", "thought_judged", r"<think>\boxed{42}</think> It is \boxed{41}", False),
     ("denied", "doubt_ignored", "The answer is not 42.", False),
+    ("denied_before", "doubt_ignored", "It is false that the answer is 42.", False),
+    ("phrase_taken_back", "doubt_ignored", "The answer is 42. Wait, that is wrong.", False),
     ("taken_back", "doubt_ignored", r"\boxed{42}. Wait, that is wrong.", False),
     ("either", "part_accepted", r"\boxed{42 \text{ or } 43}", False),
     ("several", "part_accepted", r"\boxed{41, 42}", False),

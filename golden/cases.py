@@ -505,18 +505,8 @@ def select_experts() -> list:
             "A response that begins as another one does is not equal to it.",
             of(*[("p", 1, [1]), ("p", 1, [1, 2]), ("p", 0, [3]), ("p", 0, [4])]),
         ),
-        (
-            "cap_of_one",
-            "cap_takes_last",
-            "A cap of 1 keeps the first.",
-            of(*successes(5), cap=1),
-        ),
-        (
-            "cap_evenly",
-            "cap_takes_first",
-            "3 of 7: places 0, 3, 6.",
-            of(*successes(7), cap=3),
-        ),
+        ("cap_of_one", "cap_takes_last", "A cap of 1 keeps the first.", of(*successes(5), cap=1)),
+        ("cap_evenly", "cap_takes_first", "3 of 7: places 0, 3, 6.", of(*successes(7), cap=3)),
         (
             "cap_half_to_even",
             "half_rounded_up",

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from golden.vectors import STAGES, differences, load_documents, resolve
 
 START_S = 120.0  # a port may take this long to answer its first request
+MAX_SILENT = 5  # cases in a row without an answer, behind which the port is given up
 MAX_SHOWN = 40  # failures that are listed
 
 
@@ -46,9 +47,13 @@ class Port:
     def __init__(self, command: list[str], deadline_s: float):
         self.command, self.deadline_s = command, deadline_s
         self.process = None
+        self.num_silent = 0  # requests in a row that had no answer
 
     def ask(self, request: dict) -> dict:
         """The port's answer to a request. Raises Failed."""
+        if self.num_silent >= MAX_SILENT:
+            raise Failed(f"not asked: {MAX_SILENT} cases in a row had no answer")
+        self.num_silent += 1
         deadline_s = self.deadline_s
         if self.process is None or self.process.poll() is not None:
             deadline_s = max(START_S, deadline_s)
@@ -64,6 +69,7 @@ class Port:
         if not line.endswith("\n"):
             self.stop()
             raise Failed(f"ended without an answer, exit status {self.process.returncode}")
+        self.num_silent = 0
         try:
             reply = json.loads(line)
         except ValueError:

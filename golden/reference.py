@@ -124,12 +124,8 @@ def step_advantages(groups, normalize_std, max_new_tokens, overlong_buffer):
     rl = {"normalize_std": normalize_std, "overlong_buffer": overlong_buffer}
     cfg = run_config(rl=rl, sampling={"max_new_tokens": max_new_tokens})
     groups = [
-        [
-            trajectory(group["problem"], [1] * sample["length"], sample["reward"])
-            for sample in samples
-        ]
+        [trajectory(group["problem"], [1] * s["length"], s["reward"]) for s in group["samples"]]
         for group in groups
-        for samples in [group["samples"]]
     ]
     return [[row.advantage for row in rows] for rows in rloop.training_rows(groups, cfg)]
 

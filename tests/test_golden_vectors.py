@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from golden import check, flags, make, model_cases, mutants, reference, verdict_cases
+from golden import check, flags, make, model_cases, mutants, pcg64, reference, verdict_cases
 from golden.vectors import FOLDER, bundle, differences, dump, load_documents, resolve
 
 STORED = {document["function"]: document for document in load_documents()}
@@ -155,6 +155,20 @@ def test_streams_are_the_samplers(monkeypatch):
         np.float32(u).item() for group in case["inputs"]["uniforms"] for us in group for u in us
     }
     assert drawn and set(drawn) <= given
+
+
+@pytest.mark.parametrize(
+    "path", [(0,), (7, 0, 3, 1), (2**32 - 1, 2**32, 5), (2**63 + 5, 1, 0), (1, 2, 3, 4, 5, 6, 7)]
+)
+def test_generator_is_numpys(path):
+    """Fault: the definition that ports follow is not what numpy computes."""
+    expected = np.random.SeedSequence(path).generate_state(3, np.uint64).tolist()
+    assert pcg64.seed_words(path, 3) == expected
+    given, ours = np.random.default_rng(path), pcg64.PCG64(path)
+    assert [ours.random() for _ in range(9)] == given.random(9).tolist()
+    for n in (1, 2, 3, 100, 1000):
+        expected = np.random.default_rng(path).permutation(n).tolist()
+        assert pcg64.PCG64(path).permutation(n) == expected
 
 
 def test_verdicts_are_those_that_the_cases_were_made_for():
@@ -327,6 +341,16 @@ def test_runner_gives_up_on_a_port_that_does_not_read(monkeypatch):
     with pytest.raises(check.Failed, match="no answer within"):
         port.ask({"filling": "x" * 10**6})
     assert port.process.poll() is not None
+
+
+def test_runner_gives_up_on_a_port_that_never_answers():
+    """Fault: a port that cannot start is started for every case, and takes hours."""
+    port = check.Port([sys.executable, "-c", "pass"], deadline_s=0.5)
+    outcomes = [r.detail for r in check.run(port, [document()], [], [])]
+    assert outcomes[4:6] == [
+        "ended without an answer, exit status 0",
+        "not asked: 5 cases in a row had no answer",
+    ]
 
 
 def test_runner_chooses_cases(port):

@@ -67,12 +67,12 @@ class Port:
             self.stop()
             raise Failed(f"no answer within {deadline_s:g} s") from None
         if not line.endswith("\n"):
-            self.stop()
+            self.stop(grace_s=1.0)
             raise Failed(f"ended without an answer, exit status {self.process.returncode}")
         self.num_silent = 0
         try:
             reply = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.stop()  # what else it wrote would be read as the next answers
             raise Failed(f"not JSON: {line.strip()[:60]!r}") from None
         if not (isinstance(reply, dict) and {"output", "skip", "error"} & reply.keys()):
@@ -94,8 +94,13 @@ class Port:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(self.command, **pipes, encoding="utf-8")
 
-    def stop(self) -> None:
-        if self.process is not None:
+    def stop(self, grace_s: float = 0.0) -> None:
+        """End the process, which may end by itself within grace_s."""
+        if self.process is None:
+            return
+        try:
+            self.process.wait(grace_s)
+        except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
 
@@ -103,32 +108,31 @@ class Port:
 def run(port: Port, documents: list[dict], only: list[str], skip: list[str]) -> Iterator[Result]:
     """The results of all chosen cases, one by one."""
     for document in documents:
-        stage, function = document["stage"], document["function"]
         for case in document["cases"]:
-            path = f"{stage}/{function}/{case['id']}"
-            if only and not _matches(path, only) or _matches(path, skip):
-                continue
-            result = Result(path, stage, "passed")
-            request = {"function": function, "id": case["id"], "inputs": resolve(case["inputs"])}
-            try:
-                reply = port.ask(request)
-                if "skip" in reply:
-                    result.outcome, result.detail = "skipped", str(reply["skip"])
-                    yield result
-                    continue
-                tolerance = case.get("tolerance", document["tolerance"])
-                result.detail = next(judge(case, reply["output"], tolerance), "")
-                if result.detail:
-                    result.outcome = "failed"
-                    result.hints = [f"{f}: {document['flags'][f]}" for f in case["flags"]]
-            except Failed as failure:
-                result.outcome, result.detail = "failed", str(failure)
-            yield result
+            path = f"{document['stage']}/{document['function']}/{case['id']}"
+            if (not only or _matches(path, only)) and not _matches(path, skip):
+                yield Result(path, document["stage"], *_outcome(port, document, case))
 
 
-def judge(case: dict, output, tolerance: dict[str, float]) -> Iterator[str]:
+def _outcome(port: Port, document: dict, case: dict) -> tuple:
+    """Outcome, detail and hints of a case."""
+    request = {"function": document["function"], "id": case["id"]}
+    try:
+        reply = port.ask(request | {"inputs": resolve(case["inputs"])})
+    except Failed as failure:
+        return "failed", str(failure)
+    if "skip" in reply:
+        return "skipped", str(reply["skip"])
+    difference = next(judge(document, case, reply["output"]), None)
+    if difference is None:
+        return ("passed",)
+    hints = [f"{flag}: {document['flags'][flag]}" for flag in case["flags"]]
+    return "failed", difference, hints
+
+
+def judge(document: dict, case: dict, output) -> Iterator[str]:
     """One line for each difference between the expected output of a case and this one."""
-    return differences(resolve(case["expected"]), output, tolerance)
+    return differences(resolve(case["expected"]), output, document["tolerance"])
 
 
 def _matches(path: str, patterns: list[str]) -> bool:

@@ -82,7 +82,7 @@ def fails(document: dict, case: dict) -> bool:
         output = reference.answer(request)
     except Exception:
         return True
-    return any(judge(case, output, case.get("tolerance", document["tolerance"])))
+    return any(judge(document, case, output))
 
 
 def main(patterns: list[str]) -> int:

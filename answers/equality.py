@@ -34,6 +34,7 @@ from answers.evaluation import (
     TooHard,
     Undefined,
     contains,
+    is_integer,
     real,
     variables,
     walk,
@@ -51,7 +52,7 @@ _MINUS = ("neg", _INFINITY)
 _EVERYTHING = ("interval", _MINUS, _INFINITY, False, False)
 _SIGNS = {"pm", "mp"}
 _NOT_REAL = object()
-_UNSURE = ("?", 1)  # beside the unit that may be none
+_UNSURE = (1, "?")  # beside the unit that may be none
 
 
 class Undecided(Exception):
@@ -78,13 +79,12 @@ def compare(
         is_letter = gold_node[0] == "var" and gold_node[1].isupper()
         label = _LABELLED.match(answer) if is_letter else None  # (C) 42 for C
         answers = [read(label[1] if label else _LABEL.sub("", answer))]
-        unitless = _LETTER_UNIT.fullmatch(answer)
-        if unitless and gold_node[0] != "unit" and not variables(gold_node):  # 5 m for 5
-            answers.append(read(unitless[1]))
+        if not variables(gold_node) and _LETTER_UNIT.fullmatch(answer):  # 5 m for 5
+            answers.append(read(_LETTER_UNIT.sub(r"\1 \\text{\2}\3", answer)))
     except NotMath:
         return "unparsable"
     try:
-        if gold_node[0] == "num" and _is_question(answers[0]):
+        if _is_question(gold_node, answers[0]):
             return "wrong"
         is_same = any(comparison.same(gold_node, node) for node in answers)
         return "correct" if is_same else "wrong"
@@ -105,11 +105,21 @@ def _unboxed(text: str) -> str:
     return is_box and extract_boxed(text) or text
 
 
-def _is_question(node: tuple) -> bool:
-    """17 * 23 or floor(sqrt(1000)): an exercise, not the number that it asks for."""
-    if node[0] == "mul":
-        return all(part[0] == "num" and set(str(part[1])) & set("23456789") for part in node[1])
-    return node[0] == "fn" and node[1] in ("floor", "ceil")
+def _is_question(gold: tuple, answer: tuple) -> bool:
+    """17 * 23, floor(sqrt(1000)) or an integral: an exercise, not the number that it asks for."""
+    if contains(answer, {"integral"}) and not contains(gold, {"integral"}):
+        return True
+    gold, answer = (node[1][-1] if node[0] == "rel" else node for node in (gold, answer))
+    if gold[0] not in ("num", "neg"):
+        return False
+    products = [node[1] for node in walk(answer) if node[0] == "mul"]
+    return _calls(answer, {"floor", "ceil"}) or any(sum(map(_is_plain, p)) > 1 for p in products)
+
+
+def _is_plain(node: tuple) -> bool:
+    """A number that is no power of ten."""
+    node = node[1] if node[0] == "neg" else node
+    return node[0] == "num" and not set("23456789").isdisjoint(str(node[1]))
 
 
 def check_gold(gold: str) -> None:
@@ -131,7 +141,7 @@ _LABELLED = re.compile(
 _LABEL = re.compile(
     r"^[\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s?\{\(?[A-E]\)\}|\([A-E]\))[\s~\\]+(?=[\d$\\-])"
 )
-_LETTER_UNIT = re.compile(r"(.*[\d)}])(?:\s|\\,|~|\$)+[msghLNJWV](?:\^\d)?[$.]?")
+_LETTER_UNIT = re.compile(r"(.*[\d)}])(?:\s|\\,|~|\$)+([msghLNJWV])((?:\^\d)?[$.]?)")
 _COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|hbox)\s?\{([^{}]*)\}"
 )
@@ -195,17 +205,20 @@ def _is_name(node: tuple) -> bool:
         first, *rest = node[1]
         is_call = first[0] == "var" and first[1] in _FUNCTION_NAMES and len(rest) == 1
         return all(map(_is_name, node[1])) or is_call and rest[0][0] != "inv"
-    if kind == "tuple":
+    if kind in ("tuple", "ratio"):
         return all(map(_is_name, node[1]))
-    return kind in ("var", "text")
+    return kind in ("var", "text") or kind == "inv" and _is_name(node[1])
 
 
-def _assigns(node: tuple) -> bool:
-    """Does a list give values to several names: x = 1, y = 2?"""
+def _groups(node: tuple) -> list[dict[tuple, tuple]]:
+    """The values by name of each group of x = 1, y = 2; x = 3, y = 4; [] for anything else."""
     if node[0] != "list" or not all(map(_is_equation, node[1])):
-        return False
+        return []
     names = {item[1][0] for item in node[1]}
-    return 1 < len(names) == len(node[1]) and all(map(_is_name, names))
+    starts = range(0, len(node[1]), len(names))
+    groups = [dict(item[1] for item in node[1][i : i + len(names)]) for i in starts]
+    is_whole = all(group.keys() == names for group in groups) and all(map(_is_name, names))
+    return groups if is_whole and len(names) > 1 else []
 
 
 def _signed(node, sign: int):
@@ -225,6 +238,12 @@ def _items(node: tuple) -> list[tuple]:
     if len(items) > MAX_ITEMS:
         raise TooHard("too many items")
     return items
+
+
+def _points_of(groups: list[dict[tuple, tuple]]) -> list[tuple]:
+    """Groups of assignments as points, their coordinates in the order of the names."""
+    rows = ([group[name] for name in sorted(group, key=str)] for group in groups)
+    return _items(("list", [("tuple", tuple(row)) for row in rows]))
 
 
 def _joined(node: tuple, other: tuple) -> tuple:
@@ -265,9 +284,11 @@ class _Comparison:
             return False
         if _is_equation(gold) and _is_equation(answer) and self.proportional(gold, answer):
             return True
-        if _assigns(gold) != _assigns(answer):
-            equations, values = (gold, answer) if _assigns(gold) else (answer, gold)
-            return self.same_assignment(equations[1], values)
+        groups, answer_groups = _groups(gold), _groups(answer)
+        if groups and answer_groups and groups[0].keys() == answer_groups[0].keys():
+            return self.matches(_points_of(groups), _points_of(answer_groups))
+        if bool(groups) != bool(answer_groups):
+            return self.same_assignment(groups or answer_groups, answer if groups else gold)
         named, answer_named = self.named(gold), self.named(answer)
         if named or answer_named:
             return self.same_named(named or (None, gold), answer_named or (None, answer))
@@ -277,7 +298,9 @@ class _Comparison:
             return self.same_collection(gold, answer)
         if kinds & {"interval", "rel"} or _REALS in (gold, answer):
             return self.same_region(gold, answer)
-        if kinds & {"tuple", "matrix", "ratio", "minus", "mod"}:
+        if "mod" in kinds:
+            return self.same_residue(gold, answer)
+        if kinds & {"tuple", "matrix", "ratio", "minus"}:
             return len(kinds) == 1 and self.all_same(gold[1], answer[1])
         return self.same_quantity(gold, answer)
 
@@ -325,7 +348,10 @@ class _Comparison:
             terms = (term[1] if term[0] == "neg" else term for term in node[1])
             is_sum = not contains(node, {"inv"}) and all(map(_is_name, terms))
             return is_sum and not variables(value)
-        return _is_name(node) and node[1] not in variables(value)
+        is_ratio = node[0] == "ratio" or contains(node, {"inv"})  # AB : CD = 1 : 2
+        return _is_name(node) and not variables(value) & (
+            variables(node) if is_ratio else {node[1]}
+        )
 
     def exact_part(self, parts: list[tuple]) -> tuple | None:
         """Of 10/3 = 3.333 ~ 3.3 the one that the others are roundings of."""
@@ -347,13 +373,13 @@ class _Comparison:
         is_any = None in (gold_name, name) or "text" in (gold_name[0], name[0])
         return (is_any or gold_name == name) and self.same(gold_value, value)
 
-    def same_assignment(self, equations: Sequence[tuple], values: tuple) -> bool:
+    def same_assignment(self, groups: list[dict], values: tuple) -> bool:
         """x = 1, y = 2 is 1, 2 in this order, and (1, 2) in the order of the names."""
-        if values[0] not in ("list", "tuple") or contains(values, {"rel"}):
+        if contains(values, {"rel"}):
             return False
-        if values[0] == "tuple":
-            equations = sorted(equations, key=lambda equation: str(equation[1][0]))
-        return self.all_same([equation[1][1] for equation in equations], values[1])
+        if values[0] == "list" and len(groups) == 1:
+            return self.all_same(list(groups[0].values()), values[1])
+        return self.matches(_points_of(groups), _items(values))
 
     # collections
 
@@ -366,6 +392,18 @@ class _Comparison:
         is_ordered = len(units) > 1 and not any(_quantity(item)[1] for item in items)
         same = self.all_same if is_ordered else self.matches  # 3 boys, 2 girls for 3, 2
         return same(items, answer_items)
+
+    def same_residue(self, gold: tuple, answer: tuple) -> bool:
+        """12 (mod 7) is 5 (mod 7); 5 (mod 7) is 5, but 12 (mod 7) is not."""
+        if answer[0] != "mod":
+            return False
+        value, modulus = answer[1]
+        if gold[0] != "mod":
+            rest = self.value(value) / self.value(modulus)
+            return 0 <= rest < 1 and self.same(gold, value)
+        difference = ("add", (gold[1][0], ("neg", value)))
+        rest = ("mul", (difference, ("inv", modulus)))
+        return self.same(gold[1][1], modulus) and is_integer(self.value(rest))
 
     # equations and regions
 
@@ -430,7 +468,7 @@ class _Comparison:
             return False
         if self.same_value(gold_value, value):
             return True
-        if (("deg", 1),) in (gold_unit, unit):  # 90 degrees is pi/2
+        if ((1, "deg"),) in (gold_unit, unit):  # 90 degrees is pi/2
             return contains(gold if unit else answer, {"const"}) and self.same_value(gold, answer)
         is_percent = gold_value[0] == "pct" and value[0] != "pct" and not unit
         return is_percent and self.same_value(gold_value[1], value)

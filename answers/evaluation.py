@@ -163,7 +163,7 @@ class Evaluation:
         return self.value(node) / 100
 
     def _unit(self, node, powers):
-        if powers == (("deg", 1),):
+        if powers == ((1, "deg"),):
             return real(self.value(node)) * SMALL.pi / 180
         if powers:
             raise TooHard("a unit within an expression")

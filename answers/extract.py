@@ -44,6 +44,7 @@ _DOUBT = re.compile(
     r"|extraneous|invalid|false|misread|might|may|doubt|suppose|if|guess)\b|n't\b",
     re.IGNORECASE,
 )
+_CHOICE = re.compile(r"[\s$*(]{0,9}[A-J][\s$*).]{0,9}")
 _LOWER_CHOICE = re.compile(r"\(?[a-d]\)?")
 _WITHDRAWN = re.compile(
     r"\?\s{0,9}(?:no|or)\b|^\W{0,9}(?:is|was) (?:wrong|incorrect|not)\b"
@@ -71,6 +72,7 @@ _CHANGING = re.compile(
     r"|error|step|case|when|between|from|mod|or|and)\b"
 )  # words beside a formula that make another value of it
 _FORMULAS = re.compile(r"\$[^$\s][^$]*(?<!\s)\$(?:(?:,|,? and|,? or) ?\$[^$]+\$){0,20}")
+_MONEY = re.compile(r"\$(\d[\d,]*(?:\.\d+)?)(?=,?\s|$)")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\*|$)|\n")
 _DISPLAY = re.compile(r"\\\[([^\[\]]{1,2000}?|.{1,2000}?)\\\]|\$\$([^$]{1,2000})\$\$", re.DOTALL)
 
@@ -103,6 +105,8 @@ def extract_answer(text: str) -> str | None:
     box = boxes[-1][0] if boxes else -1
     last = max(tag, box, *starts)
     if last < 0:
+        if _CHOICE.fullmatch(text):
+            return text
         return None if text.endswith("?") else _stated(_last_sentence(text))
     if tag >= 0 and (last == tag or last > tag and last < tag + len(inner)):
         text = text[: text.find(inner, tag) + len(inner)]
@@ -222,6 +226,8 @@ def _stated(sentence: str) -> str | None:
     or what stands behind the verb."""
     if _DOUBT.search(_CONTRAST.sub("", sentence)):
         return None
+    if sentence.count("$") == 1:
+        sentence = _MONEY.sub(r"$\1$", sentence)
     value = _value(sentence)
     for part in (value, sentence):
         formulas = list(_FORMULAS.finditer(part))

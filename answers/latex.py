@@ -4,7 +4,7 @@ A node is a tuple, its first entry the kind:
     ("num", Fraction, digits)   digits: significant digits as written with a point, 0 for an integer
     ("var", name)  ("const", "pi" | "e" | "i" | "inf" | other)  ("text", words)
     ("add", nodes) ("mul", nodes) ("inv", x) ("neg", x) ("pm", x) ("mp", x) ("pow", base, exponent)
-    ("pct", x)  ("unit", x, ((name, power), ...))
+    ("pct", x)  ("unit", x, ((power, name), ...))
     ("fn", name, nodes)         sqrt is ("fn", "root", (x, n)), |x| is "abs", n! is "factorial"
     ("integral", variable, low, high, body)
     ("list" | "tuple" | "set" | "ratio" | "union" | "minus" | "mod" | "matrix" | "both", nodes)
@@ -369,16 +369,20 @@ class _Parser:
         return node
 
     def relation(self) -> tuple:
-        nodes, operators = [self.sum()], []
+        nodes, operators = [self.ratio()], []
         while self.peek() in _RELATIONS:
             operators.append(self.take().strip("\\"))
             is_set = operators[-1] in ("=", "in")
-            nodes.append(self.joined_sets(self.sum) if is_set else self.sum())
-        while self.depth == 0 and not operators and self.accept(":"):
+            nodes.append(self.joined_sets(self.ratio) if is_set else self.ratio())
+        if self.accept("\\pmod"):  # x = 3 (mod 7)
+            nodes[-1] = ("mod", (nodes[-1], self.argument()))
+        return ("rel", tuple(nodes), tuple(operators)) if operators else nodes[0]
+
+    def ratio(self) -> tuple:
+        nodes = [self.sum()]
+        while self.depth == 0 and self.accept(":"):
             nodes.append(self.sum())
-        node = nodes[0] if len(nodes) == 1 else ("ratio", tuple(nodes))
-        node = ("rel", tuple(nodes), tuple(operators)) if operators else node
-        return ("mod", (node, self.argument())) if self.accept("\\pmod") else node
+        return nodes[0] if len(nodes) == 1 else ("ratio", tuple(nodes))
 
     def sum(self) -> tuple:
         items = []
@@ -405,7 +409,7 @@ class _Parser:
             elif self.kind() == "text" or is_letter:  # 5 \text{m}
                 return ("unit", product(factors), self.unit())
             elif self.kind() == "sign" and self.peek() in _CURRENCIES and self.kind(1) != "number":
-                return ("unit", product(factors), ((_CURRENCIES[self.take()], 1),))
+                return ("unit", product(factors), ((1, _CURRENCIES[self.take()]),))
             elif self.starts_factor():
                 factors.append(self.power())
             else:
@@ -442,7 +446,7 @@ class _Parser:
             elif self.accept("\\circ"):
                 is_temperature = self.peek() in ("C", "F") and self.kind() != "sign"
                 name = "deg" + self.take() if is_temperature else "deg"
-                node = ("unit", node, ((name, 1),))
+                node = ("unit", node, ((1, name),))
             elif self.accept("^"):
                 node = ("pow", node, self.exponent())
             else:
@@ -507,6 +511,11 @@ class _Parser:
         if [self.peek(ahead) for ahead in range(3)] == ["(", "0", ")"]:  # I(0) is no product
             self.position += 3
             name += "(0)"
+        if name == "C" and self.at("("):  # C(10, 3)
+            node = self.atom()
+            return (
+                ("fn", "binom", node[1]) if node[0] == "tuple" else product([("var", name), node])
+            )
         return ("var", name)
 
     def subscript(self) -> str:
@@ -609,7 +618,7 @@ class _Parser:
         if name in ("pi", "infty"):
             return ("const", "pi" if name == "pi" else "inf")
         if value in _CURRENCIES:
-            return ("unit", self.factor(), ((_CURRENCIES[value], 1),))
+            return ("unit", self.factor(), ((1, _CURRENCIES[value]),))
         if name == "emptyset":
             return ("set", ())
         if name == "mathbb":
@@ -652,6 +661,8 @@ class _Parser:
         rows = [row for row in rows if row]
         if not rows or len({len(row) for row in rows}) != 1:
             raise NotMath("the rows of a matrix must be of one length")
+        if len(rows[0]) == 1:  # a column is a vector
+            return ("tuple", tuple(row[0] for row in rows))
         return ("matrix", tuple(("tuple", tuple(row)) for row in rows))
 
     def unit(self) -> tuple[tuple[str, int], ...]:
@@ -680,7 +691,7 @@ class _Parser:
                 ahead = 1
         if ahead > 1 or changes or name and not (is_known or is_plural):
             powers["?"] = 1  # may be no unit: the number without it is another answer
-        return tuple(sorted((name, power) for name, power in powers.items() if power))
+        return tuple(sorted((power, name) for name, power in powers.items() if power))
 
     def unit_power(self) -> int:
         if not self.accept("^"):

@@ -230,14 +230,14 @@ def test_normalise(text, expected):
 @pytest.mark.parametrize(
     "text, powers",
     [
-        ("5 cm", (("cm", 1),)),
-        ("5 \\text{ centimeters}", (("cm", 1),)),
-        ("5 \\text{ km/h}", (("h", -1), ("km", 1))),
-        ("5 kilometers per hour", (("h", -1), ("km", 1))),
-        ("5 m/s", (("m", 1), ("s", -1))),
-        ("5 \\text{ square feet}", (("ft", 2),)),
-        ("5 \\mathrm{~m} \\mathrm{~s}^{-2}", (("m", 1), ("s", -2))),
-        ("5 apples", (("apple", 1),)),
+        ("5 cm", ((1, "cm"),)),
+        ("5 \\text{ centimeters}", ((1, "cm"),)),
+        ("5 \\text{ km/h}", ((-1, "h"), (1, "km"))),
+        ("5 kilometers per hour", ((-1, "h"), (1, "km"))),
+        ("5 m/s", ((-1, "s"), (1, "m"))),
+        ("5 \\text{ square feet}", ((2, "ft"),)),
+        ("5 \\mathrm{~m} \\mathrm{~s}^{-2}", ((-2, "s"), (1, "m"))),
+        ("5 apples", ((1, "apple"),)),
     ],
 )
 def test_unit(text, powers):

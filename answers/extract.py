@@ -11,11 +11,13 @@ _JOINT = re.compile(
 )
 _PERCENT_BEHIND = re.compile(r"\s{0,9}(?:\$|\\\)|\\\])?\s{0,9}(?:\\?%(?! of)|percent\b|pct\b)")
 _CHANGED_BEHIND = re.compile(
-    r"[a-z](?=[-+^])|!\$|\s{0,9}(?:/\s?\d|\^\{?[\da-z]|\\(?:pi|cdot|times|sqrt)\b|\$? ?or\s"
-    r"|(?:\\text\{)?\s?(?:hundred|thousand|million|billion|dozen)\b)"
+    r"[a-z](?=[-+^])|!\$|\s{0,9}(?:[-+*/]\s?[\d(]|\^\{?[\da-z]|\$? ?or\s"
+    r"|[-+*/]?\s?\\(?:pi|cdot|times|sqrt|d?frac)\b|(?:\\text\{)?\s?(?:hundred|thousand|million|billion|dozen)\b)"
 )
 _CHANGED_BEFORE = re.compile(
-    r"[\w)}]\s?[-+]$|[/^\d]$|(?:\bnot|\bcannot be|n't|\\neq?|\\not)\W{0,4}$", re.IGNORECASE
+    r"[\w)}]\s?[-+]$|(?:[/^\d]|\\(?:cdot|times|sqrt|d?frac)\s?)\{?$|\d\}\{$"
+    r"|(?:\bnot|\bcannot be|n't|\\neq?|\\not)\W{0,4}$",
+    re.IGNORECASE,
 )
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _HASHES = re.compile(r"####(?!#)[ \t]*(?!\W*(?:[A-Z][a-z]+ ){0,3}[A-Z]?[a-z]+ *\d*:?\**\n)([^\n]+)")
@@ -69,10 +71,10 @@ _LEAD_IN = re.compile(
 _CHANGING = re.compile(
     r"\d|\\(?!\()|\b(?:than|least|most|half|twice|double|times|minus|negative|plus|roots?|squared?"
     r"|cubed?|sum|product|percent|dozen|hundred|thousand|[mb]illion|over|under|below|above"
-    r"|error|step|case|when|between|from|mod|or|and)\b"
+    r"|error|step|case|when|between|from|mod|or|and|less|no)\b"
 )  # words beside a formula that make another value of it
 _FORMULAS = re.compile(r"\$[^$\s][^$]*(?<!\s)\$(?:(?:,|,? and|,? or) ?\$[^$]+\$){0,20}")
-_MONEY = re.compile(r"\$(\d[\d,]*(?:\.\d+)?)(?=,?\s|$)")
+_MONEY = re.compile(r"(?<=[a-z] )\$(\d[\d,]*(?:\.\d+)?)(?=,?\s|$)")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\*|$)|\n")
 _DISPLAY = re.compile(r"\\\[([^\[\]]{1,2000}?|.{1,2000}?)\\\]|\$\$([^$]{1,2000})\$\$", re.DOTALL)
 
@@ -204,7 +206,7 @@ def _behind_phrase(text: str, phrase: re.Match) -> str | None:
     sentence, behind = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
     sentence = _AFTERTHOUGHT.split(sentence, maxsplit=1)[0] or sentence
     withdrawn = _WITHDRAWN.search(rest, len(sentence))
-    is_doubted = _DOUBT.search(before.rpartition(";")[2]) or withdrawn
+    is_doubted = _DOUBT.search(before.rpartition(";")[2]) or withdrawn or behind[:1] == "?"
     if is_doubted or not sentence.isalpha() and _MORE_VALUES.fullmatch(behind[:200]):
         return None
     value = _value(sentence) or None

@@ -72,7 +72,7 @@ def normalise(text: str) -> str:
         raise NotMath(f"longer than {MAX_CHARS} characters")
     if not text.isascii():
         text = _fold_unicode(text)
-    text = text.replace("~", " ").replace("\\quad", " ")
+    text = text.replace("~", " ").replace("\\quad", " ").replace("per cent", "percent")
     text = " ".join(text.replace("np.", "").split())  # np.sqrt(2)
     if text.startswith(("**", "`")):  # Markdown
         text = text.strip("*`")
@@ -166,9 +166,9 @@ _FILLER = _words(
     " high away each of in all altogether different distinct possible left"
 )
 _CHANGING = _words(  # beside a number they make another one of it
-    "hundred hundreds thousand thousands million millions billion billions dozen dozens score"
-    " half halves quarter quarters times less fewer more than as does percent percents per no or"
-    " over root roots gross basis power square squares cubes tens units ones plus"
+    "hundred hundreds thousand thousands million millions billion billions trillion trillions dozen"
+    " dozens score half halves quarter quarters times less fewer more than as does percent percents"
+    " per no or over root roots gross basis power square squares cubes tens units ones plus"
 )
 _FRACTION = re.compile(
     r"(?:third|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand"
@@ -267,7 +267,7 @@ _CLOSERS = {
     "(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",),
     "\\langle": ("\\rangle",), "\\lfloor": ("\\rfloor",), "\\lceil": ("\\rceil",),
 }  # fmt: skip
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9}
 _UNIT_EXPONENTS = {"square": 2, "sq": 2, "cubic": 3, "squared": 2, "cubed": 3}
 _CONDITIONS = {"if", "for", "when", "where", "otherwise", "else"}
 
@@ -405,7 +405,7 @@ class _Parser:
             elif self.accept("/"):
                 factors.append(("inv", self.factor()))
             elif self.kind() == "text" and factors[0][0] == "num" and self.peek() in _SCALES:
-                factors.append(integer(_SCALES[self.take()]))
+                factors.append(("pow", integer(10), integer(_SCALES[self.take()])))
             elif self.kind() == "text" or is_letter:  # 5 \text{m}
                 return ("unit", product(factors), self.unit())
             elif self.kind() == "sign" and self.peek() in _CURRENCIES and self.kind(1) != "number":

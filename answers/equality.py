@@ -210,15 +210,15 @@ def _is_name(node: tuple) -> bool:
     return kind in ("var", "text") or kind == "inv" and _is_name(node[1])
 
 
-def _groups(node: tuple) -> list[dict[tuple, tuple]]:
-    """The values by name of each group of x = 1, y = 2; x = 3, y = 4; [] for anything else."""
+def _groups(node: tuple) -> list[list[tuple]]:
+    """The equations of each group of x = 1, y = 2; x = 3, y = 4, by name; [] for anything else."""
     if node[0] != "list" or not all(map(_is_equation, node[1])):
         return []
     names = {item[1][0] for item in node[1]}
     starts = range(0, len(node[1]), len(names))
-    groups = [dict(item[1] for item in node[1][i : i + len(names)]) for i in starts]
-    is_whole = all(group.keys() == names for group in groups) and all(map(_is_name, names))
-    return groups if is_whole and len(names) > 1 else []
+    groups = [sorted(node[1][i : i + len(names)], key=str) for i in starts]
+    is_whole = all({item[1][0] for item in group} == names for group in groups)
+    return groups if is_whole and len(names) > 1 and all(map(_is_name, names)) else []
 
 
 def _signed(node, sign: int):
@@ -238,12 +238,6 @@ def _items(node: tuple) -> list[tuple]:
     if len(items) > MAX_ITEMS:
         raise TooHard("too many items")
     return items
-
-
-def _points_of(groups: list[dict[tuple, tuple]]) -> list[tuple]:
-    """Groups of assignments as points, their coordinates in the order of the names."""
-    rows = ([group[name] for name in sorted(group, key=str)] for group in groups)
-    return _items(("list", [("tuple", tuple(row)) for row in rows]))
 
 
 def _joined(node: tuple, other: tuple) -> tuple:
@@ -285,10 +279,10 @@ class _Comparison:
         if _is_equation(gold) and _is_equation(answer) and self.proportional(gold, answer):
             return True
         groups, answer_groups = _groups(gold), _groups(answer)
-        if groups and answer_groups and groups[0].keys() == answer_groups[0].keys():
-            return self.matches(_points_of(groups), _points_of(answer_groups))
-        if bool(groups) != bool(answer_groups):
-            return self.same_assignment(groups or answer_groups, answer if groups else gold)
+        if groups and answer_groups:
+            return self.matches(groups, answer_groups, self.all_same)
+        if groups or answer_groups:
+            return self.same_assignment(*((gold, answer) if groups else (answer, gold)))
         named, answer_named = self.named(gold), self.named(answer)
         if named or answer_named:
             return self.same_named(named or (None, gold), answer_named or (None, answer))
@@ -373,13 +367,15 @@ class _Comparison:
         is_any = None in (gold_name, name) or "text" in (gold_name[0], name[0])
         return (is_any or gold_name == name) and self.same(gold_value, value)
 
-    def same_assignment(self, groups: list[dict], values: tuple) -> bool:
+    def same_assignment(self, equations: tuple, values: tuple) -> bool:
         """x = 1, y = 2 is 1, 2 in this order, and (1, 2) in the order of the names."""
         if contains(values, {"rel"}):
             return False
+        groups = _groups(equations)
         if values[0] == "list" and len(groups) == 1:
-            return self.all_same(list(groups[0].values()), values[1])
-        return self.matches(_points_of(groups), _items(values))
+            return self.all_same([item[1][1] for item in equations[1]], values[1])
+        points = (("tuple", tuple(item[1][1] for item in group)) for group in groups)
+        return self.same(("list", tuple(points)), values)
 
     # collections
 
@@ -427,13 +423,10 @@ class _Comparison:
             return [(None, node)]
         if kind == "rel":
             return self.inequality(node)
-        if kind == "union":
-            parts = [self.pieces(p) or [(None, ("interval", p, p, True, True))] for p in node[1]]
+        if kind in ("union", "list"):  # a part that is no region is a point
+            parts = (self.pieces(p) or [(None, ("interval", p, p, True, True))] for p in node[1])
             return sum(parts, [])
-        if kind != "list":
-            return [(None, _EVERYTHING)] if node == _REALS else []
-        parts = [self.pieces(part) for part in node[1]]
-        return sum(parts, []) if all(parts) else []
+        return [(None, _EVERYTHING)] if node == _REALS else []
 
     def inequality(self, node: tuple) -> list[tuple[tuple, tuple]]:
         """x > 2, 2 < x <= 5, x != 3"""

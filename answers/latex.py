@@ -638,12 +638,13 @@ class _Parser:
         raise NotMath(f"unknown {value!r}")
 
     def integral(self) -> tuple:
-        low = self.argument() if self.accept("_") else None
-        high = self.exponent() if self.accept("^") else None
+        self.expect("_")
+        low = self.argument()
+        self.expect("^")
+        high = self.exponent()
         body = self.sum()
         factors = list(body[1]) if body[0] == "mul" else []
-        has_dx = len(factors) > 2 and factors[-2] == ("var", "d") and factors[-1][0] == "var"
-        if not has_dx or (low is None) != (high is None):
+        if len(factors) < 3 or factors[-2] != ("var", "d") or factors[-1][0] != "var":
             raise NotMath("an integral needs its dx")
         return ("integral", factors[-1][1], low, high, product(factors[:-2]))
 

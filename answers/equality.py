@@ -19,6 +19,7 @@ What counts as equal (a false accept is worse than a false reject):
 """
 
 import math
+import operator
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -110,7 +111,7 @@ def _is_question(gold: tuple, answer: tuple) -> bool:
     if contains(answer, {"integral"}) and not contains(gold, {"integral"}):
         return True
     gold, answer = (node[1][-1] if node[0] == "rel" else node for node in (gold, answer))
-    if gold[0] not in ("num", "neg"):
+    if gold[0] != "num":
         return False
     products = [node[1] for node in walk(answer) if node[0] == "mul"]
     return _calls(answer, {"floor", "ceil"}) or any(sum(map(_is_plain, p)) > 1 for p in products)
@@ -118,8 +119,7 @@ def _is_question(gold: tuple, answer: tuple) -> bool:
 
 def _is_plain(node: tuple) -> bool:
     """A number that makes a product an exercise; 5 x 10 is none."""
-    node = node[1] if node[0] == "neg" else node
-    return node[0] == "num" and node[1] not in (1, 10)
+    return node[0] == "num" and abs(node[1]) not in (1, 10)
 
 
 def check_gold(gold: str) -> None:
@@ -152,8 +152,7 @@ _LEAD_IN = re.compile(
 )
 _TIME = re.compile(r"(\d{1,2}(?::\d{2})?) ?([ap])\.?m")
 _MATHS_WORDS = {*FUNCTIONS, *GREEK_WORDS, "and", "or", "inf", "infinity", "infty", "in", "mod"}
-_NOTHING = {"none", "empty set", "no solution", "no solutions", "no real solution"}
-_NOTHING |= {"no real solutions"}
+_NOTHING = re.compile(r"none|empty set|no (?:real )?solutions?")
 _ALL = {"all real numbers", "all reals", "real numbers"}
 
 
@@ -162,15 +161,14 @@ def read(text: str) -> tuple:
     """The tree of an answer; words become ("text", words). Raises NotMath."""
     if len(text) > MAX_CHARS:
         raise NotMath(f"longer than {MAX_CHARS} characters")
-    if not any(c.isalnum() or c in "∅{∞" for c in text):
-        raise NotMath("no letter and no digit")
     text = text[lead_in.end() :] if (lead_in := _LEAD_IN.match(text)) else text
     plain = " ".join(_COMMAND.sub(r" \1 ", text).replace("$", " ").replace("\\ ", " ").split())
     plain = plain.strip(" .,;:!\"'*`()[]{}")
     words = plain.casefold()
     if _is_words(plain):
         words = words.removeprefix("the ").removeprefix("an ").removeprefix("a ")
-        return ("set", ()) if words in _NOTHING else _REALS if words in _ALL else ("text", words)
+        is_nothing = _NOTHING.fullmatch(words)
+        return ("set", ()) if is_nothing else _REALS if words in _ALL else ("text", words)
     if time := _TIME.fullmatch(words):
         return ("text", f"{time[1]} {time[2]}m")
     try:
@@ -340,29 +338,22 @@ class _Comparison:
     def is_named_by(node: tuple, value: tuple) -> bool:
         if node[0] == "add":  # x + y = 5
             terms = (term[1] if term[0] == "neg" else term for term in node[1])
-            is_sum = not contains(node, {"inv"}) and all(map(_is_name, terms))
-            return is_sum and not variables(value)
+            return all(map(_is_name, terms)) and not variables(value)
         is_ratio = node[0] == "ratio" or contains(node, {"inv"})  # AB : CD = 1 : 2
-        return _is_name(node) and not variables(value) & (
-            variables(node) if is_ratio else {node[1]}
-        )
+        names = variables(node) if is_ratio else {node[1]}
+        return _is_name(node) and names.isdisjoint(variables(value))
 
     def exact_part(self, parts: list[tuple]) -> tuple | None:
         """Of 10/3 = 3.333 ~ 3.3 the one that the others are roundings of."""
-        places = [_places(part) for part in parts]
-        exact = parts[max(range(len(parts)), key=places.__getitem__)]
-        try:
-            values = [complex(self.value(part)) for part in (exact, *parts)]
-        except ArithmeticError:
-            return None
-        errors = [abs(value - values[0]) for value in values[1:]]
-        bounds = [max(0.999 * 10.0**-place, 1e-12 * abs(values[0])) for place in places]
-        is_near = (error < bound for error, bound in zip(errors, bounds, strict=True))
-        return exact if all(is_near) else None
+        exact = max(parts, key=_places)
+        value, *others = (complex(self.value(part)) for part in (exact, *parts))
+        bounds = (max(0.999 * 10.0 ** -_places(part), 1e-12 * abs(value)) for part in parts)
+        errors = (abs(other - value) for other in others)
+        return exact if all(map(operator.lt, errors, bounds)) else None
 
     def same_named(self, gold: tuple, answer: tuple) -> bool:
         (gold_name, gold_value), (name, value) = gold, answer
-        if gold_value is None or value is None:
+        if gold_value is None or value is None or name is None and gold_name[0] == "add":
             return False
         is_any = None in (gold_name, name) or "text" in (gold_name[0], name[0])
         return (is_any or gold_name == name) and self.same(gold_value, value)
@@ -478,7 +469,8 @@ class _Comparison:
                 return self.agree_everywhere(gold, answer, names)
             g, a = self.value(gold), self.value(answer)
             tolerance = self.tolerance * (1 + 1e-9) / (100 if gold[0] == "pct" else 1)
-            return _same_number(gold, answer, g, a) or abs(real(g) - real(a)) <= tolerance
+            is_same = _close(g, a) or _is_rounding(gold, a) or _is_rounding(answer, g)
+            return is_same or abs(real(g) - real(a)) <= tolerance
         except Undefined:
             return False
         except TooHard:
@@ -553,28 +545,12 @@ def _close(a, b) -> bool:
     return abs(a - b) <= ROUNDING * max(abs(a), abs(b))
 
 
-def _same_number(gold: tuple, answer: tuple, g, a) -> bool:
-    """Are the trees equal, whose values are g and a, or one the other's rounding?"""
-    decimals = (_decimal(gold), _decimal(answer))
-    if _close(g, a) or None not in decimals:
-        return _close(g, a)
-    return _is_rounding(decimals[0], a) or _is_rounding(decimals[1], g)
-
-
-def _decimal(node: tuple) -> tuple[Fraction, int] | None:
-    """(value, significant digits) of a number that is written as a decimal."""
-    if node[0] == "neg":
-        inner = _decimal(node[1])
-        return inner and (-inner[0], inner[1])
-    return (node[1], node[2]) if node[0] == "num" and node[2] else None
-
-
-def _is_rounding(decimal: tuple[Fraction, int] | None, value) -> bool:
-    """Is the decimal the value, rounded to its own digits or cut off behind them?
+def _is_rounding(node: tuple, value) -> bool:
+    """Is the node a decimal that is the value, rounded to its digits or cut off behind them?
 
     False for a value that a decimal writes exactly. Digits after the 15th do not count: floating
     point gets them wrong."""
-    if decimal is None or decimal[1] < ROUNDED_DIGITS or not decimal[0]:
+    if node[0] != "num" or node[2] < ROUNDED_DIGITS or not node[1]:
         return False
     if isinstance(value, Fraction):
         denominator = value.denominator
@@ -582,17 +558,14 @@ def _is_rounding(decimal: tuple[Fraction, int] | None, value) -> bool:
             return False
     elif SMALL.im(value):
         return False
-    number, digits = decimal
-    size = abs(number)
-    unit = SMALL.mpf(10) ** (math.floor(SMALL.log10(real(size))) + 1 - min(digits, 15))
-    error = abs(SMALL.re(real(value))) - real(size)
-    is_same_sign = (SMALL.re(real(value)) > 0) == (number > 0)
-    return is_same_sign and -unit / 2 <= error < unit
+    number = real(node[1])
+    unit = SMALL.mpf(10) ** (math.floor(SMALL.log10(abs(number))) + 1 - min(node[2], 15))
+    error = SMALL.re(real(value)) * SMALL.sign(number) - abs(number)
+    return -unit / 2 <= error < unit
 
 
 def _places(node: tuple) -> int:
     """Decimal places of a number as written; the most for what is no decimal."""
-    node = node[1] if node[0] == "neg" else node
     if node[0] != "num" or node[1].denominator > 10**15:
         return 15
     return next(k for k in range(60) if 10**k % node[1].denominator == 0)
@@ -641,4 +614,5 @@ def _calls(nodes, names: set[str]) -> bool:
 
 def _is_alternating(node: tuple) -> bool:
     """(-1)^n"""
-    return node[0] == "pow" and bool(variables(node[2])) and contains(node[1], {"neg"})
+    is_power = node[0] == "pow" and bool(variables(node[2]))
+    return is_power and (node[1][0] == "neg" or node[1][0] == "num" and node[1][1] < 0)

@@ -68,8 +68,6 @@ _MONEY = re.compile(r"-?\$ ?-?[\d.]")
 
 def normalise(text: str) -> str:
     """The text with one spelling for unicode signs, thousands, powers, dollars and Markdown."""
-    if len(text) > MAX_CHARS:
-        raise NotMath(f"longer than {MAX_CHARS} characters")
     if not text.isascii():
         text = _fold_unicode(text)
     text = text.replace("~", " ").replace("\\quad", " ").replace("per cent", "percent")
@@ -105,8 +103,6 @@ def _script(match: re.Match) -> str:
 def _fold(char: str) -> str:
     if char.isascii() or unicodedata.decomposition(char)[:5] in ("<supe", "<sub>"):
         return char
-    if char.isdecimal():
-        return str(unicodedata.decimal(char))
     char = _SIGNS.get(char) or unicodedata.normalize("NFKC", char)
     return re.sub(r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}", char)  # ½
 
@@ -397,7 +393,7 @@ class _Parser:
 
     def term(self) -> tuple:
         factors = [self.factor()]
-        can_have_unit = factors[0][0] in ("num", "neg", "pct", "unit")
+        can_have_unit = factors[0][0] in ("num", "pct", "unit")
         while True:
             is_letter = can_have_unit and self.kind() == "letter" and not self.at("e", "i")
             if self.accept("*", "\\cdot", "\\times"):
@@ -432,6 +428,8 @@ class _Parser:
         node = self.power()
         if negative and node[0] in ("unit", "pct"):
             return (node[0], ("neg", node[1]), *node[2:])
+        if negative and node[0] == "num":
+            return ("num", -node[1], node[2])
         return ("neg", node) if negative else node
 
     def power(self) -> tuple:
@@ -555,7 +553,7 @@ class _Parser:
             arguments = (self.function_argument(),)
             self.depth -= 1
         arguments = arguments if base is None else (*arguments, base)
-        if power == ("neg", integer(1)):
+        if power == integer(-1):
             return ("fn", {"sin": "asin", "cos": "acos", "tan": "atan"}.get(name, "?"), arguments)
         node = ("fn", name, arguments)
         return node if power is None else ("pow", node, power)
@@ -563,7 +561,7 @@ class _Parser:
     def function_argument(self) -> tuple:
         """sin 2x cos x is sin(2x) cos(x); sin x / 2 is sin(x) / 2."""
         factors = [self.factor()]
-        while self.starts_factor() and self.kind() != "function" and not self.at("(", "["):
+        while self.starts_factor() and self.kind() != "function" and not self.at("(", "[", "d"):
             factors.append(self.power())
         return product(factors)
 
@@ -591,8 +589,6 @@ class _Parser:
         items = self.items(",", ";")
         if opener == "{" and self.accept("\\over"):
             items[-1:] = [("mul", (items[-1], ("inv", self.sum())))]
-        elif opener == "{" and self.accept("\\choose"):
-            items[-1:] = [("fn", "binom", (items[-1], self.sum()))]
         if not self.at(*_CLOSERS[opener]):
             raise NotMath(f"brackets do not match at {self.peek()!r}")
         self.in_bars = bars
@@ -698,10 +694,9 @@ class _Parser:
         if not self.accept("^"):
             return 1
         exponent = self.exponent()
-        sign, exponent = (-1, exponent[1]) if exponent[0] == "neg" else (1, exponent)
-        if exponent[0] != "num" or exponent[1] not in range(1, 10):
+        if exponent[0] != "num" or exponent[1] not in range(-9, 10):
             raise NotMath("not a unit's power")
-        return sign * int(exponent[1])
+        return int(exponent[1])
 
 
 def product(factors: list[tuple]) -> tuple:

@@ -244,17 +244,10 @@ class Evaluation:
         return abs(x)
 
     def fn_floor(self, x):
-        return Fraction(math.floor(self.small(self.as_real(x), 10**30)))
+        return Fraction(math.floor(self.small(x, 10**30)))
 
     def fn_ceil(self, x):
-        return Fraction(math.ceil(self.small(self.as_real(x), 10**30)))
-
-    def as_real(self, x):
-        if isinstance(x, Fraction):
-            return x
-        if SMALL.im(x):
-            raise Undefined("not real")
-        return SMALL.re(x)
+        return Fraction(math.ceil(self.small(x, 10**30)))
 
     def fn_factorial(self, n):
         if is_integer(n) and n < 0:

@@ -110,7 +110,7 @@ def extract_answer(text: str) -> str | None:
         if _CHOICE.fullmatch(text):
             return text
         return None if text.endswith("?") else _stated(_last_sentence(text))
-    if tag >= 0 and (last == tag or last > tag and last < tag + len(inner)):
+    if 0 <= tag <= last <= tag + len(inner):
         text = text[: text.find(inner, tag) + len(inner)]
         if last == tag:
             return inner.strip() or None

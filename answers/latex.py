@@ -71,9 +71,7 @@ def normalise(text: str) -> str:
     if not text.isascii():
         text = _fold_unicode(text)
     text = text.replace("~", " ").replace("\\quad", " ").replace("per cent", "percent")
-    text = " ".join(text.replace("np.", "").split())  # np.sqrt(2)
-    if text.startswith(("**", "`")):  # Markdown
-        text = text.strip("*`")
+    text = " ".join(text.replace("np.", "").split()).strip("*`")  # np.sqrt(2); Markdown
     text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
     text = _PERIOD.sub(r"\1\\overline{\2}", text)
     text = _MOD.sub(r"\\pmod{\1}", _RAISED.sub(r"\1\2 ", _MIXED.sub(_mixed, text)))
@@ -166,10 +164,7 @@ _CHANGING = _words(  # beside a number they make another one of it
     " dozens score half halves quarter quarters times less fewer more than as does percent percents"
     " per no or over root roots gross basis power square squares cubes tens units ones plus"
 )
-_FRACTION = re.compile(
-    r"(?:third|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand"
-    r"|[mb]illion)th)s"
-)
+_FRACTION = re.compile(r"thirds|(?!months|paths|lengths|depths|births|deaths)\w+ths")
 _WHOLE_WORDS = {word for word in _FILLER if len(word) > 1} | {"per", "sq"}
 _UNIT_CARRIERS = (")", "}", "\\pi")  # a unit may follow, as after a number
 
@@ -265,7 +260,6 @@ _CLOSERS = {
 }  # fmt: skip
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9}
 _UNIT_EXPONENTS = {"square": 2, "sq": 2, "cubic": 3, "squared": 2, "cubed": 3}
-_CONDITIONS = {"if", "for", "when", "where", "otherwise", "else"}
 
 
 def integer(n: int) -> tuple:
@@ -276,8 +270,8 @@ def parse(text: str) -> tuple:
     """The tree of a whole answer. Raises NotMath."""
     try:
         tokens = tokenise(normalise(text))
-        while tokens and (tokens[0][1] in ("=", ":", "~") or _is_filler(tokens[0])):
-            del tokens[0]
+        while tokens and tokens[0][1].lower() in {"=", ":", "~"} | _FILLER - {"a"}:
+            del tokens[0]  # the "about" of "about 5"
         while tokens and tokens[-1][1] in (".", ",", ";", ":", "\\\\"):
             del tokens[-1]
         parser = _Parser(tokens)
@@ -287,11 +281,6 @@ def parse(text: str) -> tuple:
     if parser.peek() != "":
         raise NotMath(f"unexpected {parser.peek()!r}")
     return node
-
-
-def _is_filler(token: Token) -> bool:
-    """The "about" of "about 5"."""
-    return token[0] == "text" and token[1].lower() in _FILLER
 
 
 class _Parser:
@@ -404,8 +393,6 @@ class _Parser:
                 factors.append(("pow", integer(10), integer(_SCALES[self.take()])))
             elif self.kind() == "text" or is_letter:  # 5 \text{m}
                 return ("unit", product(factors), self.unit())
-            elif self.kind() == "sign" and self.peek() in _CURRENCIES and self.kind(1) != "number":
-                return ("unit", product(factors), ((1, _CURRENCIES[self.take()]),))
             elif self.starts_factor():
                 factors.append(self.power())
             else:
@@ -671,8 +658,6 @@ class _Parser:
         while self.kind() in ("text", "letter", "word") or self.at("/", "\\cdot", "*"):
             kind = self.kind()
             word = self.take().lower()
-            if word in _CONDITIONS:
-                raise NotMath("a condition is no unit")
             if word in ("/", "per"):
                 sign = -1
             elif word in _UNIT_EXPONENTS:

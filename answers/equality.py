@@ -382,15 +382,14 @@ class _Comparison:
 
     def same_residue(self, gold: tuple, answer: tuple) -> bool:
         """12 (mod 7) is 5 (mod 7); 5 (mod 7) is 5, but 12 (mod 7) is not."""
-        if answer[0] != "mod":
+        nodes = [node for node in (gold, answer) if node[0] == "mod"]
+        numbers = [self.value(part) for node in nodes for part in node[1]]
+        if answer[0] != "mod" or not all(map(is_integer, numbers)):
             return False
-        value, modulus = answer[1]
-        if gold[0] != "mod":
-            rest = self.value(value) / self.value(modulus)
-            return 0 <= rest < 1 and self.same(gold, value)
-        difference = ("add", (gold[1][0], ("neg", value)))
-        rest = ("mul", (difference, ("inv", modulus)))
-        return self.same(gold[1][1], modulus) and is_integer(self.value(rest))
+        *gold_numbers, rest, modulus = numbers
+        if not gold_numbers:
+            return 0 <= rest < modulus and self.same(gold, answer[1][0])
+        return gold_numbers[1] == modulus and (gold_numbers[0] - rest) % modulus == 0
 
     # equations and regions
 

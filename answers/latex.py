@@ -61,6 +61,7 @@ _MIXED = re.compile(
 _RAISED = re.compile(r"\^ ?(?:\{ ?((?:\\circ|\\prime)+) ?\}|((?:\\circ|\\prime)+))")
 _PERIOD = re.compile(r"(\d\.\d*)\((\d+)\)")  # 0.1(6)
 _TIMES_TEN = re.compile(r"(?<=\d) ?[xX] ?10 ?\^")
+_CHOOSE = re.compile(r"(?<![A-Za-z\\])C\( ?(\w{1,9}), ?(\w{1,9}) ?\)")  # C(10, 3)
 _MOD = re.compile(r"\(\\?mod (\w+)\)")
 _UNIT_RATIO = re.compile(r"(?<=[\d})] )(k?[mg]|J|N) ?/ ?(k?[mgsh](?:\^2|\^\{2\})?)[ ,;]*$")  # 5 m/s
 _MONEY = re.compile(r"-?\$ ?-?[\d.]")
@@ -73,7 +74,7 @@ def normalise(text: str) -> str:
     text = text.replace("~", " ").replace("\\quad", " ").replace("per cent", "percent")
     text = " ".join(text.replace("np.", "").split()).strip("*`")  # np.sqrt(2); Markdown
     text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
-    text = _PERIOD.sub(r"\1\\overline{\2}", text)
+    text = _PERIOD.sub(r"\1\\overline{\2}", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
     text = _MOD.sub(r"\\pmod{\1}", _RAISED.sub(r"\1\2 ", _MIXED.sub(_mixed, text)))
     text = text.replace("\\$", "\\dollar ").replace("**", "^").replace("...", "\\ldots ")
     text = text.replace("\\prime", "'")
@@ -153,8 +154,8 @@ _WORD_SIGNS = {
     **dict.fromkeys(("negative", "minus"), "-"),
     "plus": "+",
 }
-_ACCENTS = _words("overline bar vec hat dot ddot tilde widehat underline mathcal")
-_OPENING = _GREEK | _ACCENTS | _words("pi infty frac int emptyset mathbb ldots dollar euro pound")
+_ACCENTS = _words("overline bar vec hat dot ddot tilde widehat underline mathcal mathbb")
+_OPENING = _GREEK | _ACCENTS | _words("pi infty frac int emptyset ldots dollar euro pound")
 _FILLER = _words(
     "the a an about approximately roughly exactly is are units unit total only old long wide tall"
     " high away each of in all altogether different distinct possible left"
@@ -440,15 +441,9 @@ class _Parser:
 
     def exponent(self) -> tuple:
         self.deeper()
-        if self.accept("{"):
-            node = self.sum()
-            self.expect("}")
-        elif self.at("+", "-"):
-            node = self.factor()
-        else:
-            node = self.atom()
-            if self.accept("^"):
-                node = ("pow", node, self.exponent())
+        node = self.factor() if self.at("+", "-") else self.atom()
+        if self.accept("^"):
+            node = ("pow", node, self.exponent())
         self.depth -= 1
         return node
 
@@ -496,11 +491,6 @@ class _Parser:
         if [self.peek(ahead) for ahead in range(3)] == ["(", "0", ")"]:  # I(0) is no product
             self.position += 3
             name += "(0)"
-        if name == "C" and self.at("("):  # C(10, 3)
-            node = self.atom()
-            return (
-                ("fn", "binom", node[1]) if node[0] == "tuple" else product([("var", name), node])
-            )
         return ("var", name)
 
     def subscript(self) -> str:
@@ -604,17 +594,13 @@ class _Parser:
             return ("unit", self.factor(), ((1, _CURRENCIES[value]),))
         if name == "emptyset":
             return ("set", ())
-        if name == "mathbb":
-            return ("var", "mathbb " + self.subscript())
-        if name == "ldots":
-            return ("text", "...")
         if name == "int":
             return self.integral()
         if value.startswith("\\begin{"):
             return self.matrix(value[7:-1])
         if name in _ACCENTS:
             return self.variable(f"{name} {self.subscript()}")
-        if name in ("angle", "triangle"):
+        if name in ("ldots", "angle", "triangle"):
             return ("text", name)
         if name in _GREEK:
             return self.variable(value)

@@ -31,9 +31,7 @@ from answers.evaluation import (
     SMALL,
     Budget,
     Evaluation,
-    NotReal,
-    TooHard,
-    Undefined,
+    NoValue,
     contains,
     is_integer,
     real,
@@ -52,7 +50,6 @@ _INFINITY = ("const", "inf")
 _MINUS = ("neg", _INFINITY)
 _EVERYTHING = ("interval", _MINUS, _INFINITY, False, False)
 _SIGNS = {"pm", "mp"}
-_NOT_REAL = object()
 _UNSURE = (1, "?")  # beside the unit that may be none
 
 
@@ -234,7 +231,7 @@ def _items(node: tuple) -> list[tuple]:
     for item in node[1] if node[0] in ("list", "set") else [node]:
         items += [_signed(item, 1), _signed(item, -1)] if contains(item, _SIGNS) else [item]
     if len(items) > MAX_ITEMS:
-        raise TooHard("too many items")
+        raise NoValue("too many items")
     return items
 
 
@@ -263,8 +260,8 @@ class _Comparison:
         self.tolerance = tolerance
         self.symbolic = symbolic
 
-    def value(self, node: tuple, point: dict[str, Fraction] | None = None, real_only: bool = False):
-        return Evaluation(self.budget, point or {}, real_only).value(node)
+    def value(self, node: tuple):
+        return Evaluation(self.budget, {}).value(node)
 
     def same(self, gold: tuple, answer: tuple) -> bool:
         self.budget.spend(5)  # nested chains of equations would take exponential time
@@ -462,22 +459,18 @@ class _Comparison:
         """The same number, or the same function of the same variables."""
         if gold == answer:
             return True
-        try:
-            names = sorted(variables((gold, answer)))
-            if names:
-                return self.agree_everywhere(gold, answer, names)
-            g, a = self.value(gold), self.value(answer)
-            tolerance = self.tolerance * (1 + 1e-9) / (100 if gold[0] == "pct" else 1)
-            is_same = _close(g, a) or _is_rounding(gold, a) or _is_rounding(answer, g)
-            return is_same or abs(real(g) - real(a)) <= tolerance
-        except Undefined:
+        if contains((gold, answer), {"integral"}):
+            if self.symbolic is None:
+                raise Undecided
+            return self.symbolic(gold, answer)
+        if names := sorted(variables((gold, answer))):
+            return self.agree_everywhere(gold, answer, names)
+        g, a = self.value_at(gold, {}), self.value_at(answer, {})
+        if g is None or a is None:
             return False
-        except TooHard:
-            if not contains((gold, answer), {"integral"}):
-                return False
-        if self.symbolic is None:
-            raise Undecided
-        return self.symbolic(gold, answer)
+        tolerance = self.tolerance * (1 + 1e-9) / (100 if gold[0] == "pct" else 1)
+        is_same = _close(g, a) or _is_rounding(gold, a) or _is_rounding(answer, g)
+        return is_same or abs(real(g) - real(a)) <= tolerance
 
     def agree_everywhere(self, gold: tuple, answer: tuple, names: list[str]) -> bool:
         """Equal at many points; without an i, at those where all is real: |x| is not x. Where gold
@@ -489,9 +482,9 @@ class _Comparison:
             for point in _points(names, (gold, answer)):
                 g = self.value_at(gold, point, real_only)
                 a = self.value_at(answer, point, real_only) if g is not None else None
-                if has_bars and a is _NOT_REAL and g is not _NOT_REAL:
+                if has_bars and g is not None and a is None:
                     return False
-                if None in (g, a) or _NOT_REAL in (g, a):
+                if g is None or a is None:
                     continue
                 if not _close(g, a):
                     return False
@@ -500,17 +493,12 @@ class _Comparison:
                 return True
         return False
 
-    def value_at(self, node: tuple, point: dict[str, Fraction], real_only: bool):
-        """None where there is no value, _NOT_REAL where it is complex. Raises TooHard."""
+    def value_at(self, node: tuple, point: dict[str, Fraction], real_only: bool = False):
+        """None where there is no value. Raises NoValue when the budget is spent."""
         try:
-            return self.value(node, point, real_only)
-        except NotReal:
-            return _NOT_REAL
-        except Undefined:
-            return None
-        except TooHard:
-            if self.budget.steps < 0 or contains(node, {"integral"}):
-                raise
+            return Evaluation(self.budget, point, real_only).value(node)
+        except (ArithmeticError, ValueError):
+            self.budget.spend(0)
             return None
 
     def proportional(self, gold: tuple, answer: tuple) -> bool:
@@ -521,13 +509,8 @@ class _Comparison:
         sides = (gold[1], answer[1])
         gold, answer = (("add", (left, ("neg", right))) for left, right in sides)
         for point in _points(names, (gold, answer)):
-            try:
-                g, a = (self.value(node, point) for node in (gold, answer))
-            except Undefined:
-                continue
-            except TooHard:
-                return False
-            if g != 0 and a != 0:
+            g, a = (self.value_at(node, point) for node in (gold, answer))
+            if g and a:
                 scaled = ("mul", (gold, ("num", a, 0))), ("mul", (answer, ("num", g, 0)))
                 return self.agree_everywhere(*scaled, names)
         return False
@@ -583,7 +566,7 @@ def _points(names: list[str], nodes: tuple[tuple, tuple]) -> Iterator[dict[str, 
     Where floors, factorials or (-1)^n occur: many whole numbers, small ones of all residues and
     those beside the numbers of the text; n, k, ... are whole and positive."""
     if len(names) > MAX_VARIABLES:
-        raise TooHard("too many variables")
+        raise NoValue("too many variables")
     rng = random.Random(0)
     if not _calls(nodes, _STEPWISE) and not any(map(_is_alternating, walk(nodes))):
         for trial in range(20):

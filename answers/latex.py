@@ -72,7 +72,8 @@ def normalise(text: str) -> str:
     if not text.isascii():
         text = _fold_unicode(text)
     text = text.replace("~", " ").replace("\\quad", " ").replace("per cent", "percent")
-    text = " ".join(text.replace("np.", "").split()).strip("*`")  # np.sqrt(2); Markdown
+    text = " ".join(text.replace("np.", "").split()).strip("`")  # np.sqrt(2)
+    text = text.removeprefix("**").removesuffix("**")  # Markdown
     text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
     text = _PERIOD.sub(r"\1\\overline{\2}", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
     text = _MOD.sub(r"\\pmod{\1}", _RAISED.sub(r"\1\2 ", _MIXED.sub(_mixed, text)))

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from answers.evaluation import Budget, Evaluation, TooHard, Undefined, variables
+from answers.evaluation import Budget, Evaluation, NoValue, variables
 from answers.latex import MAX_DEPTH, MAX_DIGITS, NotMath, normalise, parse
 
 
@@ -157,7 +157,7 @@ def test_caps_of_the_parser(text):
 def test_caps_of_the_evaluation(text):
     """Would try to compute a number that does not fit into memory."""
     start = time.perf_counter()
-    with pytest.raises(TooHard):
+    with pytest.raises(NoValue):
         value(text)
     assert time.perf_counter() - start < 0.5
 
@@ -177,7 +177,7 @@ def test_caps_of_the_evaluation(text):
 )
 def test_undefined(text):
     """Would raise ZeroDivisionError, or take an undefined value for a number."""
-    with pytest.raises(Undefined):
+    with pytest.raises(NoValue):
         value(text, x=2)
 
 
@@ -185,7 +185,7 @@ def test_budget_is_shared():
     """Would let an answer of many parts spend the budget of one evaluation on each."""
     node = parse("+".join(["k^2"] * 100))
     budget = Budget(2000)
-    with pytest.raises(TooHard):
+    with pytest.raises(NoValue):
         for _ in range(10):
             Evaluation(budget, {"k": Fraction(3)}).value(node)
 
@@ -193,7 +193,7 @@ def test_budget_is_shared():
 def test_lost_term():
     """Would call e^350 + 1 equal to e^350, as 150 digits do not hold the difference."""
     for text in ("e^{350}+1", "2^{60000}-1", "\\pi+10^{-150}"):
-        with pytest.raises((Undefined, TooHard)):
+        with pytest.raises(NoValue):
             value(text)
 
 

@@ -39,7 +39,7 @@ from answers.evaluation import (
     walk,
 )
 from answers.extract import extract_boxed
-from answers.latex import FUNCTIONS, GREEK_WORDS, MAX_CHARS, NotMath, parse
+from answers.latex import FUNCTIONS, MAX_CHARS, WORD_SIGNS, NotMath, parse
 
 MAX_ITEMS = 100
 MAX_VARIABLES = 10
@@ -148,7 +148,7 @@ _LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 _TIME = re.compile(r"(\d{1,2}(?::\d{2})?) ?([ap])\.?m")
-_MATHS_WORDS = {*FUNCTIONS, *GREEK_WORDS, "and", "or", "inf", "infinity", "infty", "in", "mod"}
+_MATHS_WORDS = {*FUNCTIONS, *WORD_SIGNS}
 _NOTHING = re.compile(r"none|empty set|no (?:real )?solutions?")
 _ALL = {"all real numbers", "all reals", "real numbers"}
 
@@ -482,9 +482,9 @@ class _Comparison:
             for point in _points(names, (gold, answer)):
                 g = self.value_at(gold, point, real_only)
                 a = self.value_at(answer, point, real_only) if g is not None else None
-                if has_bars and g is not None and a is None:
-                    return False
                 if g is None or a is None:
+                    if has_bars and g is not None:
+                        return False
                     continue
                 if not _close(g, a):
                     return False

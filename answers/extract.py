@@ -6,6 +6,7 @@ LOOK_BACK = 20_000  # characters from the end in which an answer is looked for
 _BRACES = re.compile(r"\\?(?:boxed|fbox|framebox)\s{0,9}\{|\\[{}\\]|[{}]")
 _BARE_BOX = re.compile(r"\\boxed\s{0,9}(-?\.?\d[\d.,/]*)")
 _JOINT = re.compile(
+    r"(?s)(?=.{0,40}\Z)(?=.*?(?:[,;]|\band\b|\bor\b))"
     r"[\s$.\\()\[\]]{0,9}(?:,|;|\\text\s?\{|\\quad|and\b|or\b|\\ |[\s}$]){0,9}"
     r"(?<=[,;\s$}dr])[\s$\\()\[\]]{0,9}"
 )
@@ -63,7 +64,7 @@ _VERB = re.compile(
     re.IGNORECASE,
 )
 _LEAD_IN = re.compile(
-    r"(?:(?:the|an?|our|about|approximately|roughly|exactly|just|only|simply|equal|to|in|total of"
+    r"^(?:(?:the|an?|our|about|approximately|roughly|exactly|just|only|simply|equal|to|in|total of"
     r"|total|values?|solutions?|interval(?= \W)|point(?= [($\\])|pair|ordered|set"
     r"|option(?= \(?[A-J])|result|we|it|there|ratio|final|probability|area"
     r"|length)\b[\s,:]+|[:=]\s*){1,20}"
@@ -107,9 +108,8 @@ def extract_answer(text: str) -> str | None:
     box = boxes[-1][0] if boxes else -1
     last = max(tag, box, *starts)
     if last < 0:
-        if _CHOICE.fullmatch(text):
-            return text
-        return None if text.endswith("?") else _stated(_last_sentence(text))
+        stated = None if text.endswith("?") else _stated(_last_sentence(text))
+        return text if _CHOICE.fullmatch(text) else stated
     if 0 <= tag <= last <= tag + len(inner):
         text = text[: text.find(inner, tag) + len(inner)]
         if last == tag:
@@ -169,7 +169,7 @@ def _boxes(text: str) -> list[tuple[int, int, int]] | None:
 
 def _joined(text: str, boxes: list[tuple[int, int, int]]) -> str | None:
     first = len(boxes) - 1
-    while first and _is_joint(text[boxes[first - 1][2] + 1 : boxes[first][0]]):
+    while first and _JOINT.fullmatch(text, boxes[first - 1][2] + 1, boxes[first][0]):
         first -= 1
     contents = [text[start:end].strip() for _, start, end in boxes[first:]]
     before, behind = text[: boxes[first][0]][-12:], text[boxes[-1][2] + 1 :][:40]
@@ -179,12 +179,6 @@ def _joined(text: str, boxes: list[tuple[int, int, int]]) -> str | None:
     is_percent = len(contents) == 1 and _PERCENT_BEHIND.match(behind) and "%" not in contents[0]
     joined = ", ".join(dict.fromkeys(contents)) + ("\\%" if is_percent else "")
     return f"-({joined})" if is_negative else joined
-
-
-def _is_joint(between: str) -> bool:
-    if len(between) > 40 or not re.search(r"[,;]|\band\b|\bor\b", between):
-        return False
-    return _JOINT.fullmatch(between) is not None
 
 
 def _last(pattern: re.Pattern, text: str, boxes: list[tuple[int, int, int]]) -> re.Match | None:
@@ -247,6 +241,4 @@ def _value(sentence: str) -> str:
     if _DOUBT.search(sentence):
         return sentence
     value = _VERB.split(sentence)[-1].strip()
-    lead_in = _LEAD_IN.match(value)
-    value = value[lead_in.end() :] if lead_in else value
-    return value.replace("\\(", "$").replace("\\)", "$")
+    return _LEAD_IN.sub("", value).replace("\\(", "$").replace("\\)", "$")

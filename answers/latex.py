@@ -143,18 +143,12 @@ _GREEK = _words(
     " phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell odot"
     " nabla partial mho angle triangle perp oplus top"
 )
-GREEK_WORDS = _words("pi theta alpha beta lambda sigma omega phi mu")  # without a backslash
-_WORD_SIGNS = {
-    **{name: "\\" + name for name in (*GREEK_WORDS, "and", "or", "in")},
-    **dict.fromkeys(("And", "AND"), "\\and"),
-    **dict.fromkeys(("Or", "OR"), "\\or"),
-    **dict.fromkeys(("inf", "infinity", "infty", "oo", "Infinity"), "\\infty"),
-    **dict.fromkeys(("percent", "pct", "Percent"), "\\%"),
-    "union": "\\cup",
-    "mod": "\\pmod",
-    **dict.fromkeys(("negative", "minus"), "-"),
-    "plus": "+",
-}
+WORD_SIGNS = _pairs(  # without a backslash
+    r"pi:\pi theta:\theta alpha:\alpha beta:\beta lambda:\lambda sigma:\sigma omega:\omega phi:\phi"
+    r" mu:\mu and:\and And:\and AND:\and or:\or Or:\or OR:\or in:\in inf:\infty infinity:\infty"
+    r" infty:\infty oo:\infty Infinity:\infty percent:\% pct:\% Percent:\% union:\cup mod:\pmod"
+    r" negative:- minus:- plus:+"
+)
 _ACCENTS = _words("overline bar vec hat dot ddot tilde widehat underline mathcal mathbb")
 _OPENING = _GREEK | _ACCENTS | _words("pi infty frac int emptyset ldots dollar euro pound")
 _FILLER = _words(
@@ -229,9 +223,6 @@ def _braced(text: str, position: int) -> tuple[str, int]:
 def _text_tokens(inner: str) -> list[Token]:
     """What stands in \\text{...}: words and units, or maths unless it begins with a letter."""
     inner = re.sub(r"\\[,;: ]", " ", inner).strip()
-    if re.fullmatch(r"[A-Za-z]+(?:(?:-|[. ']+)[A-Za-z]+)*[. ']*", inner):
-        words = (word.strip("'") for word in re.findall(r"[A-Za-z][A-Za-z'-]*", inner))
-        return [token for word in words for token in _word_tokens(word, True)]
     is_unit = re.fullmatch(r"[A-Za-z][A-Za-z0-9. /^{}-]*", inner)  # m/s^2
     return tokenise(inner, in_text=is_unit is not None)
 
@@ -242,8 +233,8 @@ def _word_tokens(word: str, in_text: bool, can_be_unit: bool = False) -> list[To
         return [("letter", word)]
     if word in FUNCTIONS and word != "min":  # the minute
         return [("function", _SYNONYMS.get(word, word))]
-    if word in _WORD_SIGNS:
-        return [("sign", _WORD_SIGNS[word])]
+    if word in WORD_SIGNS:
+        return [("sign", WORD_SIGNS[word])]
     is_unit = can_be_unit and word in UNITS and len(word) > 1
     if in_text or len(word) > 3 or is_unit or word.lower() in _WHOLE_WORDS:
         return [("text", word)]

@@ -37,11 +37,7 @@ _AFTERTHOUGHT = re.compile(
 )
 _CONTRAST = re.compile(r", (?:and |but )?not [^,;]*$")
 _CLAUSE = re.compile(r"(?<=\d) ([a-z ]*[a-z]s) (?:that|who|to|in|of|for|such that) [^\d]*$")
-_TAIL = re.compile(
-    r"(?:,? (?:in total|in all|altogether|left|remaining|now"
-    r"|(?:an?|per|each|every|this) (?:day|week|month|year|hour|minute))"
-    r"| is (?:it|(?:the|our|my) (?:final |correct )?answer)){1,3}$"
-)
+_TAIL = re.compile(r"(?:,? in (?:total|all)| is (?:it|(?:the|our|my) (?:final |correct )?answer))$")
 _DOUBT = re.compile(
     r"\b(?:not|cannot|never|wrong|incorrect|unless|except|impossible|unlikely|tempting|mistaken"
     r"|extraneous|invalid|false|misread|might|may|doubt|suppose|if|guess)\b|n't\b",

@@ -153,7 +153,7 @@ _ACCENTS = _words("overline bar vec hat dot ddot tilde widehat underline mathcal
 _OPENING = _GREEK | _ACCENTS | _words("pi infty frac int emptyset ldots dollar euro pound")
 _FILLER = _words(
     "the a an about approximately roughly exactly is are units unit total only old long wide tall"
-    " high away each of in all altogether different distinct possible left"
+    " high away each every this of in all altogether different distinct possible left remaining now"
 )
 _CHANGING = _words(  # beside a number they make another one of it
     "hundred hundreds thousand thousands million millions billion billions trillion trillions dozen"

@@ -22,7 +22,7 @@ ROUNDING = SMALL.mpf(10) ** -130  # relative; what differs by less counts as equ
 
 
 class NoValue(ArithmeticError):
-    """No value at this point (1/0, log 0, infinity), of this kind, or within the caps."""
+    """No value at this point (log 0), of this kind (infinity), or within the caps."""
 
 
 class Budget:
@@ -76,7 +76,7 @@ def contains(node, kinds: set[str]) -> bool:
 class Evaluation:
     """The value of a tree at a point: a Fraction while exact, then a number of SMALL's precision.
 
-    Raises NoValue, or what mpmath raises at a pole: ArithmeticError, ValueError.
+    Raises ArithmeticError (NoValue, division by zero) or, as mpmath does at a pole, ValueError.
     """
 
     def __init__(self, budget: Budget, point: dict[str, Fraction], real_only: bool = False):
@@ -114,8 +114,6 @@ class Evaluation:
         return self.point[name]
 
     def _const(self, name):
-        if name == "inf":
-            raise NoValue("infinity")
         if name not in _CONSTANTS:
             raise NoValue(f"{name} has no value")
         return _CONSTANTS[name]
@@ -143,10 +141,7 @@ class Evaluation:
         return operation(real(a), real(b))
 
     def _inv(self, node):
-        value = self.value(node)
-        if value == 0:
-            raise NoValue("division by zero")
-        return 1 / value
+        return 1 / self.value(node)
 
     def _neg(self, node):
         return -self.value(node)
@@ -166,8 +161,6 @@ class Evaluation:
         if is_integer(e):
             if abs(e) > MAX_EXPONENT:
                 raise NoValue("exponent too large")
-            if b == 0 and e < 0:
-                raise NoValue("division by zero")
             is_small = isinstance(b, Fraction) and _bits(b) * abs(e) <= MAX_BITS
             return (b if is_small else real(b)) ** int(e)
         if isinstance(e, Fraction):
@@ -239,8 +232,6 @@ class Evaluation:
         return Fraction(math.ceil(self.small(x, 10**30)))
 
     def fn_factorial(self, n):
-        if is_integer(n) and n < 0:
-            raise NoValue("factorial of a negative number")
         if is_integer(n) and n <= MAX_FACTORIAL:
             return Fraction(math.factorial(int(n)))
         return SMALL.gamma(self.small(real(n), 10**6) + 1)

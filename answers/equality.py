@@ -95,8 +95,10 @@ def _unboxed(text: str) -> str:
     """The content of a box; backslashes doubled by an escape are made single."""
     if _DOUBLED.search(text) and not _SINGLE.search(text):
         text = text.replace("\\\\", "\\")
-    is_box = re.match(r"[\s$]{0,9}\\(?:boxed|fbox|framebox)", text)
-    return is_box and extract_boxed(text) or text
+    if re.match(r"[\s$]{0,9}\\(?:boxed|fbox|framebox)", text) and (inner := extract_boxed(text)):
+        is_whole = "".join(text.split()).rstrip("$.").endswith("".join(inner.split()) + "}")
+        return inner if is_whole else text
+    return text
 
 
 def _is_question(gold: tuple, answer: tuple) -> bool:

@@ -10,14 +10,16 @@ _JOINT = re.compile(
     r"[\s$.\\()\[\]]{0,9}(?:,|;|\\text\s?\{|\\quad|and\b|or\b|\\ |[\s}$]){0,9}"
     r"(?<=[,;\s$}dr])[\s$\\()\[\]]{0,9}"
 )
-_PERCENT_BEHIND = re.compile(r"\s{0,9}(?:\$|\\\)|\\\])?\s{0,9}(?:\\?%(?! of)|percent\b|pct\b)")
+_PERCENT_BEHIND = re.compile(r"\s{0,9}(?:\$|\\\)|\\\])?\s{0,9}(?:\\?%(?! of)|per ?cent\b|pct\b)")
 _CHANGED_BEHIND = re.compile(
-    r"[a-z](?=[-+^])|!\$|\s{0,9}(?:[-+*/]\s?[\d(]|\^\{?[\da-z]|\$? ?or\s"
-    r"|[-+*/]?\s?\\(?:pi|cdot|times|sqrt|d?frac)\b|(?:\\text\{)?\s?(?:hundred|thousand|million|billion|dozen)\b)"
+    r"[a-fi-knp-rt-z](?![A-Za-z])|!\$|\s{0,9}(?:[-+*/]\s?[\d(]|\^\{?[\da-z]|[inxyz]\$|\$? ?or\s"
+    r"|\$?(?:, ?|,? (?:and|or) )\$?-?\d|[-+*/]?\s?\\(?:pi|cdot|times|sqrt|d?frac)\b"
+    r"|(?:\\text\{)?\s?(?:hundred|thousand|[mbtr]{1,2}illion|dozen|k)\b)"
 )
 _CHANGED_BEFORE = re.compile(
-    r"[\w)}]\s?[-+]$|(?:[/^\d]|\\(?:cdot|times|sqrt|d?frac)\s?)\{?$|\d\}\{$"
-    r"|(?:\bnot|\bcannot be|n't|\\neq?|\\not)\W{0,4}$",
+    r"(?:\w[-+*/]|[\d)}] ?[-+*/] ?|[\w)}] ?(?<!answer)[<>] ?|[≤≥±≠] ?|\\(?:[lg]eq?|[lg]t|cdot|times"
+    r"|pm|mp|d?frac|sqrt|log|ln|sin|cos|tan|neq?|not)\b ?|n't be |\b(?:minus|negative|not|cannot be"
+    r"|least|most|than|twice|half of|plus|times) )[$({]{0,2}$|(?:[/^|\d]|[\d\]]\}?\{)\{?$",
     re.IGNORECASE,
 )
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
@@ -33,25 +35,27 @@ _END_OF_TEXT = re.compile(
 )
 _AFTERTHOUGHT = re.compile(
     r",?\s(?:which|where|because|since|so|as)\b|\s\((?:since|because|as)\b|\s\([a-z]+ [a-z ]+\)$"
-    r"|\s[—–]\s"
+    r"|\s[—–]\s(?=[A-Za-z])"
 )
 _CONTRAST = re.compile(r", (?:and |but )?not [^,;]*$")
 _CLAUSE = re.compile(r"(?<=\d) ([a-z ]*[a-z]s) (?:that|who|to|in|of|for|such that) [^\d]*$")
 _TAIL = re.compile(r"(?:,? in (?:total|all)| is (?:it|(?:the|our|my) (?:final |correct )?answer))$")
 _DOUBT = re.compile(
     r"\b(?:not|cannot|never|wrong|incorrect|unless|except|impossible|unlikely|tempting|mistaken"
-    r"|extraneous|invalid|false|misread|might|may|doubt|suppose|if|guess)\b|n't\b",
+    r"|extraneous|invalid|false|misread|might|may|doubt|suppose|assume|try|perhaps"
+    r"|maybe|wants?|hoped?|if|guess)\b|n't\b",
     re.IGNORECASE,
 )
 _CHOICE = re.compile(r"[\s$*(]{0,9}[A-J][\s$*).]{0,9}")
 _LOWER_CHOICE = re.compile(r"\(?[a-d]\)?")
 _WITHDRAWN = re.compile(
-    r"\?\s{0,9}(?:no|or)\b|^\W{0,9}(?:is|was) (?:wrong|incorrect|not)\b"
+    r"\?\s{0,9}(?:no|or)\b|\.\s{0,9}(?:no,|hmm|but \W?\d)"
+    r"|^\W{0,9}(?:is|was) (?:wrong|incorrect|not)\b"
     r"|\b(?:wait|sorry|oops|actually|alternatively|on reflection|correction)\b"
     r"|\b(?:could|might) (?:also )?be\b|\b(?:that|this|it|which) (?:is|was) (?:wrong|incorrect)",
     re.IGNORECASE,
 )
-_MORE_VALUES = re.compile(r"\W*(?:(?:and|or|also)\W+)*\\?[\d\W]*\d[\d\W]*")
+_MORE_VALUES = re.compile(r"(?i)\W*(?:(?:and|or|also)\W+)*\\?[\d\W]*\d[\d\W]*")
 _VERB = re.compile(
     r"(?:^|(?<!\bor)\s)(?:is|are|was|were|be|equals?|gets?|gives?|giving|have|has|had|makes?|pays?"
     r"|paid|costs?|earns?|earned|needs?|runs?|sold|spent|bought|takes?|obtain|find"
@@ -67,7 +71,7 @@ _LEAD_IN = re.compile(
 )
 _CHANGING = re.compile(
     r"\d|\\(?!\()|\b(?:than|least|most|half|twice|double|times|minus|negative|plus|roots?|squared?"
-    r"|cubed?|sum|product|percent|dozen|hundred|thousand|[mb]illion|over|under|below|above"
+    r"|cubed?|sum|product|third|percent|dozen|hundred|thousand|[mb]illion|over|under|below|above"
     r"|error|step|case|when|between|from|mod|or|and|less|no)\b"
 )  # words beside a formula that make another value of it
 _FORMULAS = re.compile(r"\$[^$\s][^$]*(?<!\s)\$(?:(?:,|,? and|,? or) ?\$[^$]+\$){0,20}")
@@ -168,10 +172,10 @@ def _joined(text: str, boxes: list[tuple[int, int, int]]) -> str | None:
     while first and _JOINT.fullmatch(text, boxes[first - 1][2] + 1, boxes[first][0]):
         first -= 1
     contents = [text[start:end].strip() for _, start, end in boxes[first:]]
-    before, behind = text[: boxes[first][0]][-12:], text[boxes[-1][2] + 1 :][:40]
+    before, behind = text[: boxes[first][0]][-20:], text[boxes[-1][2] + 1 :][:40]
     if not contents[-1] or _CHANGED_BEFORE.search(before) or _CHANGED_BEHIND.match(behind):
         return None
-    is_negative = re.search(r"[^-\n]-$", before)
+    is_negative = re.search(r"(?<!-)-\$?$", before)
     is_percent = len(contents) == 1 and _PERCENT_BEHIND.match(behind) and "%" not in contents[0]
     joined = ", ".join(dict.fromkeys(contents)) + ("\\%" if is_percent else "")
     return f"-({joined})" if is_negative else joined

@@ -6,14 +6,12 @@ What counts as equal (a false accept is worse than a false reject):
     percent      9% is 0.09; the gold 9% also accepts 9, the gold 9 does not accept 9%
     units        a unit missing on one side is no difference, but a word that may change the number
                  is one; two must be the same, by any of its names; 90 degrees is 90 and pi/2
-    order        (1, 2) is ordered, and neither {1, 2} nor the list 1, 2; lists and sets are not
-                 ordered; a repeated item counts
+    order        (1, 2) is ordered, {1, 2} and the list 1, 2 are not; a repeated item counts
     (1, 2)       is a point, but also the open interval when the other side is one
     x = 5        is 5; it is not y = 5; a chain whose parts differ (x = 41 = 42) is nothing; of
                  10/3 ~ 3.3 the exact part counts
-    equations    equal up to a constant factor; inequalities of one variable as sets
-    matrices     of the same shape, entry by entry
-    letters      x is not X; words are compared without case
+    equations    equal up to a constant factor, but 2x = 10 is not x = 5; inequalities as sets
+    groups       x = 1, y = 2; x = 3, y = 4 is (1, 2), (3, 4); 12 (mod 7) is 5 (mod 7)
     functions    equal wherever both are real: 2 ln x is ln x^2, but |x| is not x
     1010_2       equals itself only, as do FF_{16} and 0.\\overline{3}
 """

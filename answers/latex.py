@@ -162,7 +162,6 @@ _CHANGING = _words(  # beside a number they make another one of it
 )
 _FRACTION = re.compile(r"thirds|(?!months|paths|lengths|depths|births|deaths)\w+ths")
 _WHOLE_WORDS = {word for word in _FILLER if len(word) > 1} | {"per", "sq"}
-_UNIT_CARRIERS = (")", "}", "\\pi")  # a unit may follow, as after a number
 
 
 def tokenise(text: str, in_text: bool = False) -> list[Token]:
@@ -182,7 +181,7 @@ def tokenise(text: str, in_text: bool = False) -> list[Token]:
         if kind == "word":
             value = "inch" if value == "in" and position == len(text) else value
             before = tokens[-1] if tokens else ("", "")
-            can_be_unit = before[0] in ("number", "text") or before[1] in _UNIT_CARRIERS
+            can_be_unit = before[0] in ("number", "text") or before[1] in (")", "}", "\\pi")
             tokens += _word_tokens(value, in_text, can_be_unit)
             continue
         if kind == "command":

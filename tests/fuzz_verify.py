@@ -26,6 +26,7 @@ NESTS = [  # what opens, what closes
     *[("\\begin{pmatrix}1&", "\\end{pmatrix}"), ("\\int_0^1 ", " dx"), ("\\left(", "\\right)")],
     *[("x>1 and (", ")"), ("5 \\text{ m}(", ")"), ("-(", ")"), ("(", ")!"), ("(x+y)(", ")")],
     *[("1=-2/(x+", ")^2"), ("\\{a=1 \\text{ or } ", "\\}"), ("<answer>", "</answer>")],
+    *[("C(10,", ")"), ("x=1,y=(", ")"), ("\\frac{AB}{", "}=2"), ("S:T=(", ")"), ("2x>(", ")")],
 ]
 CORES = ["1", "x", "n", "\\sqrt{2}", "x=1", "1,2", "\\pm 2", "e", "\\pi", "x>1", ""]
 REPEATS = [  # what a regex might run over again and again
@@ -36,6 +37,7 @@ REPEATS = [  # what a regex might run over again and again
     *["</think>", "<think>"],
     *["\\[", "\\[1\\]", "$$", "$1$", "$1$ and ", "is ", "so ", "the ", "not ", "a-", "m ",
       "\\circ", "^\\circ", "\\prime", "\\mod ", "(mod 7)", "x 10^", "1/", "1-", "A. ", "¹", "½"],
+    *["C(1,", "p=1,q=2;", "S:", "5 per cent ", "$5 ", "2x>", "x>2 or "],
     *["&", "\\\\", "\\cup ", "\\infty", "e^", "n!", "\\ln x ", "x=", "x<", "A", "I hope it is "],
 ]  # fmt: skip
 GOLDS = ["42", "C", "\\{1,2\\}", "x^2+\\sqrt{2}", "(0,1)", "\\lfloor n/7 \\rfloor", "x=1,y=2",

@@ -194,6 +194,7 @@ NAMED_FAULTS = {  # class of verify_cases.jsonl: the fault that its cases would 
     "question": "an exercise such as 17 * 23 is the number that it asks for",
     "spellings": "escaped backslashes and values behind \\quad are not read",
     "modulo": "3 (mod 7) is 4, or 3 (mod 8)",
+    "around_box": "what changes a box's value (at least, half of, a second value) is not read",
     "labelled": "AB : CD = 1 : 2 is 2 : 1, or y / x = x is x",
     "groups": "the values of x = 1, y = 2; x = 3, y = 4 change places",
 }

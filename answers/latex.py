@@ -70,7 +70,7 @@ _MONEY = re.compile(r"-?\$ ?-?[\d.]")
 def normalise(text: str) -> str:
     """The text with one spelling for unicode signs, thousands, powers, dollars and Markdown."""
     if not text.isascii():
-        text = _fold_unicode(text)
+        text = "".join(map(_fold, _RUNS.sub(_script, text)))
     text = text.replace("~", " ").replace("\\quad", " ").replace("per cent", "percent")
     text = " ".join(text.replace("np.", "").split()).strip("`")  # np.sqrt(2)
     text = text.removeprefix("**").removesuffix("**")  # Markdown
@@ -89,10 +89,6 @@ def _mixed(match: re.Match) -> str:
     whole, top, bottom = (group for group in match.groups() if group)
     is_proper = 0 < int(top) < int(bottom)
     return f"({whole}+{top}/{bottom})" if is_proper else match[0]
-
-
-def _fold_unicode(text: str) -> str:
-    return "".join(map(_fold, _RUNS.sub(_script, text)))
 
 
 def _script(match: re.Match) -> str:
@@ -222,8 +218,7 @@ def _braced(text: str, position: int) -> tuple[str, int]:
 def _text_tokens(inner: str) -> list[Token]:
     """What stands in \\text{...}: words and units, or maths unless it begins with a letter."""
     inner = re.sub(r"\\[,;: ]", " ", inner).strip()
-    is_unit = re.fullmatch(r"[A-Za-z][A-Za-z0-9. /^{}-]*", inner)  # m/s^2
-    return tokenise(inner, in_text=is_unit is not None)
+    return tokenise(inner, re.fullmatch(r"[A-Za-z][A-Za-z0-9. /^{}-]*", inner) is not None)  # m/s^2
 
 
 def _word_tokens(word: str, in_text: bool, can_be_unit: bool = False) -> list[Token]:
@@ -385,6 +380,8 @@ class _Parser:
                 factors.append(("pow", integer(10), integer(_SCALES[self.take()])))
             elif self.kind() == "text" or is_letter:  # 5 \text{m}
                 return ("unit", product(factors), self.unit())
+            elif self.peek() in _CURRENCIES and self.kind(1) != "number":  # 5 \euro
+                return ("unit", product(factors), ((1, _CURRENCIES[self.take()]),))
             elif self.starts_factor():
                 factors.append(self.power())
             else:
@@ -557,6 +554,8 @@ class _Parser:
         items = self.items(",", ";")
         if opener == "{" and self.accept("\\over"):
             items[-1:] = [("mul", (items[-1], ("inv", self.sum())))]
+        elif opener == "{" and self.accept("\\choose"):
+            items[-1:] = [("fn", "binom", (items[-1], self.sum()))]
         if not self.at(*_CLOSERS[opener]):
             raise NotMath(f"brackets do not match at {self.peek()!r}")
         self.in_bars = bars

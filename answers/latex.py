@@ -154,7 +154,8 @@ _FILLER = _words(
 _CHANGING = _words(  # beside a number they make another one of it
     "hundred hundreds thousand thousands million millions billion billions trillion trillions dozen"
     " dozens score half halves quarter quarters times less fewer more than as does percent percents"
-    " per no or over root roots gross basis power square squares cubes tens units ones plus"
+    " per no or over root roots gross basis power square squares cubes tens units ones plus upwards"
+    " onwards guess lakhs crores"
 )
 _FRACTION = re.compile(r"thirds|(?!months|paths|lengths|depths|births|deaths)\w+ths")
 _WHOLE_WORDS = {word for word in _FILLER if len(word) > 1} | {"per", "sq"}

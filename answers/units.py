@@ -20,4 +20,4 @@ def unit_of(word: str) -> str:
     for form in (word, lower, lower.removesuffix("s")):
         if form in UNITS:
             return UNITS[form]
-    return lower.removesuffix("s") if len(word) > 3 and not lower.endswith("ss") else lower
+    return lower.removesuffix("s") if len(word) > 3 and not lower.endswith("ss") else word

@@ -65,7 +65,6 @@ def compare(
     if max(len(gold), len(answer)) > 4 * MAX_CHARS:
         return "unparsable"
     gold, answer = _unboxed(gold), _unboxed(answer)
-    comparison = _Comparison(symbolic, tolerance)
     try:
         gold_node = read(gold)
         is_letter = gold_node[0] == "var" and gold_node[1].isupper()
@@ -80,7 +79,7 @@ def compare(
             return "wrong"
         if symbolic is None and contains(gold_node, {"integral"}):
             return "undecided"
-        is_same = any(comparison.same(gold_node, node) for node in answers)
+        is_same = any(_Comparison(symbolic, tolerance).same(gold_node, node) for node in answers)
         return "correct" if is_same else "wrong"
     except (ArithmeticError, ValueError, RecursionError):  # also what mpmath raises
         return "wrong"
@@ -100,7 +99,7 @@ def _unboxed(text: str) -> str:
 
 
 def _is_question(gold: tuple, answer: tuple) -> bool:
-    """17 * 23, floor(sqrt(1000)) or an integral: an exercise, not the number that it asks for."""
+    """17 * 23 (not 5 * 10), floor(sqrt(1000)) or an integral: an exercise, not its number."""
     if contains(answer, {"integral"}) and not contains(gold, {"integral"}):
         return True
     gold, answer = (node[1][-1] if node[0] == "rel" else node for node in (gold, answer))
@@ -341,6 +340,7 @@ class _Comparison:
         return exact if all(map(operator.lt, errors, bounds)) else None
 
     def same_named(self, gold: tuple, answer: tuple) -> bool:
+        """x = 5 is 5, but 5 does not answer x + y = 5."""
         (gold_name, gold_value), (name, value) = gold, answer
         if gold_value is None or value is None or name is None and gold_name[0] == "add":
             return False

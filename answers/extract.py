@@ -12,8 +12,8 @@ _JOINT = re.compile(
 )
 _PERCENT_BEHIND = re.compile(r"\s{0,9}(?:\$|\\\)|\\\])?\s{0,9}(?:\\?%(?! of)|per ?cent\b|pct\b)")
 _CHANGED_BEHIND = re.compile(
-    r"[a-fi-knp-rt-z](?![A-Za-z])|!\$|\s{0,9}(?:[-+*/]\s?[\d(]|\^\{?[\da-z]|[inxyz]\$|\$? ?or\s"
-    r"|\$?(?:, ?|,? (?:and|or) )\$?-?\d|[-+*/]?\s?\\(?:pi|cdot|times|sqrt|d?frac)\b"
+    r"[a-fi-knp-rt-z](?![A-Za-z])|!\$|\s{0,9}(?:(?<!\n)[-+*/]\s?[\d(]|\^\{?[\da-z]|[inxyz]\$"
+    r"|\$? ?or\s|\$?(?:, ?|,? (?:and|or) )\$?-?\d|[-+*/]?\s?\\(?:pi|cdot|times|sqrt|d?frac)\b"
     r"|(?:\\text\{)?\s?(?:hundred|thousand|[mbtr]{1,2}illion|dozen|k)\b)"
 )
 _CHANGED_BEFORE = re.compile(

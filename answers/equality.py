@@ -39,7 +39,6 @@ from answers.evaluation import (
 from answers.extract import extract_boxed
 from answers.latex import FUNCTIONS, MAX_CHARS, WORD_SIGNS, NotMath, integer, parse
 
-MAX_ITEMS = 100
 MAX_VARIABLES = 10
 ROUNDED_DIGITS = 7  # so many significant digits, correctly rounded, stand for a number
 
@@ -221,8 +220,6 @@ def _items(node: tuple) -> list[tuple]:
     items = []
     for item in node[1] if node[0] in ("list", "set") else [node]:
         items += [_signed(item, 1), _signed(item, -1)] if contains(item, _SIGNS) else [item]
-    if len(items) > MAX_ITEMS:
-        raise NoValue("too many items")
     return items
 
 

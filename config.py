@@ -42,6 +42,13 @@ def write_json(file: Path, value) -> None:
     os.replace(temporary, file)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, too."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
 def key(default, **limits):
     """A field with its default and its limits (see LIMITS); a bound may be the name of a key."""
     return field(default=default, metadata=limits)
@@ -193,20 +200,18 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
 
 def config_from_command_line(arguments: list[str]) -> tuple[Config, dict[str, float] | None]:
     """The config and, with --plan, the machine to plan for: see --help for the arguments."""
-    parser = argparse.ArgumentParser(epilog="Every key is an option too: --method rl --rl.lr 1e-4")
+    epilog = "Every key is an option too: --rl.lr 1e-4. To talk to a policy: --sample POLICY --help"
+    parser = ArgumentParser(epilog=epilog)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="TOML file; its keys are in config.py")
     add("--plan", action="store_true", help="print what the run needs, and do nothing else")
-    add("--gpus", type=int, default=1, metavar="N", help="with --plan: number of GPUs")
-    add("--gpu-memory-gb", type=float, default=80, metavar="M", help="with --plan: GiB per GPU")
+    add("--gpus", type=int, metavar="N", help="with --plan: number of GPUs, default 1")
+    add("--gpu-memory-gb", type=float, metavar="M", help="with --plan: GiB per GPU, default 80")
     known, overrides = parser.parse_known_args(arguments)
     machine = {"gpus": known.gpus, "gpu_memory_gb": known.gpu_memory_gb}
-    for name, value in machine.items():
-        flag = f"--{name.replace('_', '-')}"
-        if not value > 0:
-            raise UserError(f"{flag} {value}: must be above 0")
-        if not known.plan and value != parser.get_default(name):
-            raise UserError(f"{flag}: goes with --plan; torchrun sets the number of processes")
+    machine = {name: value for name, value in machine.items() if value is not None}
+    if machine and not known.plan:
+        raise UserError("--gpus and --gpu-memory-gb: go with --plan; torchrun starts processes")
     return load_config(known.config, overrides), machine if known.plan else None
 
 

@@ -5,21 +5,18 @@ Only safetensors and JSON are read: a pickle can run a stranger's code.
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from config import UserError, read_json, write_json
 from model import Transformer, TransformerConfig
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 COPIED_FILES = (  # besides config and weights, what transformers and vLLM read
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -27,7 +24,6 @@ COPIED_FILES = (  # besides config and weights, what transformers and vLLM read
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
 WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors")
-MAX_SHARD_BYTES = 5 * 10**9
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -50,12 +46,10 @@ def load_model(
     shapes.setdefault(HEAD, shapes[EMBEDDING])  # a tied head may be in the file all the same
     state = {}
     for file in _weight_files(path):
-        with _open(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (a safe_open is no dictionary)
-                if not name.endswith("rotary_emb.inv_freq"):
-                    tensor = tensors.get_tensor(name)
-                    _check_tensor(name, tensor, shapes, file)
-                    state[name] = tensor.to(device=device, dtype=dtype)
+        for name, tensor in _tensors(file):
+            if not name.endswith("rotary_emb.inv_freq"):
+                _check_tensor(name, tensor, shapes, file)
+                state[name] = tensor.to(device=device, dtype=dtype)
     missing = [name for name in parameters if name not in state]
     if missing:
         raise UserError(f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}")
@@ -78,34 +72,35 @@ def save_model(
     model: Transformer,
     path: str | Path,
     state: dict[str, Tensor] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a directory that transformers and vLLM load as it is, with the tokenizer of the
     directory that the model came from.
 
     state: the weights, where the model's own are sharded (parallel.full_state). More than
-    max_shard_bytes become several files with an index. Every file is written under a temporary
-    name and renamed; weight files of an earlier save under other names are removed last.
+    max_shard_bytes become several files with an index. Every file is written elsewhere and moved,
+    config.json last; then weight files of an earlier save under other names are removed.
     """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    path, temporary = Path(path), Path(path) / "saving.tmp"
+    temporary.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state is None else state
-    written = _write_weights(path, state, max_shard_bytes)
+    save_torch_state_dict(state, temporary, max_shard_size=max_shard_bytes)
     for name in COPIED_FILES:
         if model.source is not None and (model.source / name).exists():
-            shutil.copyfile(model.source / name, path / f"{name}.tmp")
-            written.append(name)
+            shutil.copyfile(model.source / name, temporary / name)
+    written = [file.name for file in temporary.iterdir()]
+    for name in written:
+        os.replace(temporary / name, path / name)
+    temporary.rmdir()
     hf_config = model.config.hf_config
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     # transformers 4 wrote torch_dtype, 5 writes dtype
     keys = {"dtype", "torch_dtype"} & hf_config.keys() or {"dtype"}
-    write_json(path / "config.json.tmp", hf_config | dict.fromkeys(keys, dtype))
-    for name in [*written, "config.json"]:
-        # safetensors writes files that only their owner may read
-        shutil.copymode(path / "config.json.tmp", path / f"{name}.tmp")
-        os.replace(path / f"{name}.tmp", path / name)
+    write_json(path / "config.json", hf_config | dict.fromkeys(keys, dtype))
     for file in [file for pattern in WEIGHT_FILES for file in path.glob(pattern)]:
-        if file.name not in written:
+        if file.name in written:  # by safetensors, for their owner alone
+            shutil.copymode(path / "config.json", file)
+        else:
             file.unlink()
 
 
@@ -119,7 +114,6 @@ def read_config(path: Path) -> TransformerConfig:
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"{file}: architecture {name!r} is not supported; supported: {known}")
-    family = ARCHITECTURES[name]
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
@@ -137,6 +131,7 @@ def read_config(path: Path) -> TransformerConfig:
             known = ", ".join(map(repr, supported))
             raise UserError(f"{file}: {key} = {value!r} is not supported; supported: {known}")
     bias = hf.get("attention_bias") or False
+    qwen2, qwen3 = name == "Qwen2ForCausalLM", name == "Qwen3ForCausalLM"
     try:
         scaling = {key: float(rope[key]) for key in LLAMA3_ROPE} if rope_type == "llama3" else None
         num_heads, width = hf["num_attention_heads"], hf["hidden_size"]
@@ -147,14 +142,14 @@ def read_config(path: Path) -> TransformerConfig:
             num_layers=hf["num_hidden_layers"],
             num_heads=num_heads,
             num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-            head_dim=hf.get("head_dim") or (128 if family == "qwen3" else width // num_heads),
+            head_dim=hf.get("head_dim") or (128 if qwen3 else width // num_heads),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
             rope_scaling=scaling,
             tie_embeddings=hf.get("tie_word_embeddings") or False,
-            qkv_bias=family == "qwen2" or bias,
-            o_bias=family != "qwen2" and bias,
-            qk_norm=family == "qwen3",
+            qkv_bias=qwen2 or bias,
+            o_bias=bias and not qwen2,
+            qk_norm=qwen3,
             hf_config=hf,
         )
     except KeyError as error:
@@ -164,12 +159,11 @@ def read_config(path: Path) -> TransformerConfig:
 def _check_tensor(name: str, tensor: Tensor, shapes: dict[str, torch.Size], file: Path) -> None:
     if name not in shapes:
         raise UserError(f"{file}: unexpected tensor {name!r} for the architecture in config.json")
-    if tensor.shape != shapes[name]:
-        got, expected = tuple(tensor.shape), tuple(shapes[name])
-        raise UserError(f"{file}: tensor {name!r} has shape {got}, expected {expected}")
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        expected = "float32, bfloat16 or float16"
-        raise UserError(f"{file}: tensor {name!r} is {tensor.dtype}, expected {expected}")
+    is_float = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if tensor.shape != shapes[name] or not is_float:
+        got = f"is {tensor.dtype} and has shape {tuple(tensor.shape)}"
+        expected = f"float32, bfloat16 or float16 and {tuple(shapes[name])}"
+        raise UserError(f"{file}: tensor {name!r} {got}, expected {expected}")
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -186,37 +180,10 @@ def _weight_files(path: Path) -> list[Path]:
     return [file]
 
 
-def _open(file: Path) -> safe_open:
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{file}: not found; expected the weights as safetensors") from None
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (a safe_open is no dictionary)
+                yield name, tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read as safetensors: {error}") from None
-
-
-def _write_weights(path: Path, state: dict[str, Tensor], max_bytes: int) -> list[str]:
-    """Write NAME.tmp for every weight file, one at a time in memory, and for the index. Returns
-    the names without .tmp."""
-    shards, size = [[]], 0
-    for name, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    written, weight_map = [], {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: state[name].detach().contiguous().cpu() for name in names}
-        save_file(tensors, path / f"{file}.tmp", metadata={"format": "pt"})
-        written.append(file)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total_size = sum(tensor.nbytes for tensor in state.values())
-        written.append("model.safetensors.index.json")
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        write_json(path / f"{written[-1]}.tmp", index)
-    return written

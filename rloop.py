@@ -35,6 +35,7 @@ from torch import Tensor
 
 import hf
 import report
+import talk
 from config import Config, UserError, config_from_command_line
 from data import load_data, load_demonstrations, next_problems
 from data.tokenizer import Tokenizer
@@ -609,7 +610,6 @@ def run_method(cfg: Config) -> None:
     speed.swap_in()
     run = Run(cfg)
     if run.progress.finished:
-        print(f"{run.path} is finished; this is its result. Another run needs another --run_dir")
         return
     tokenizer = Tokenizer(cfg.model.path, chat=cfg.data.chat_template)
     problems, heldout = load_data(cfg, tokenizer)
@@ -619,7 +619,6 @@ def run_method(cfg: Config) -> None:
         run.save(policy)
     else:
         run.load_policy(policy)
-        print(f"{run.path}: continuing after RL step {run.rl_steps}")
     if cfg.method == "rloop":
         run_rloop(run, policy, tokenizer, problems, heldout)
     elif cfg.method == "rl":
@@ -631,11 +630,12 @@ def run_method(cfg: Config) -> None:
 
 def main(arguments: list[str]) -> int:
     try:
+        if any(word.startswith("--sample") for word in arguments):
+            return talk.main(arguments)
         with parallel.processes():
             cfg, machine = config_from_command_line(arguments)
             if machine is not None:
-                print(plan.report(cfg, **machine))
-                return 0
+                return plan.main(cfg, **machine)
             run_method(cfg)
             return parallel.on_main(lambda: report.main([cfg.run_dir]))
     except UserError as error:

@@ -1,13 +1,5 @@
 """The run directory: what a run writes, what it prints, and where a stopped run continues.
-
-RUN/config.json            the resolved config, and the hashes of data files
-RUN/metrics.jsonl          flat records of RL steps, filters, RFT steps and evaluations
-RUN/evaluations.jsonl      correct answers per held-out problem, one line an evaluation
-RUN/trajectories/*.jsonl   every sampled trajectory, one file an iteration
-RUN/experts/*.jsonl        what RFT was trained on
-RUN/policies/NAME/         Hugging Face directories: rl_1, theta_1, rl_2, theta_2, ...
-RUN/checkpoints/NUMBER/    the last two states to continue from
-RUN/lock                   held by the process that runs here
+docs/run_directory.md lists its files.
 
 A step counts once a checkpoint follows it: when a run continues, lines written after its last
 checkpoint are cut off, and those steps are run again. Every method that writes or reads is a
@@ -66,9 +58,8 @@ class Progress:
 class Run:
     """Opens a new run directory, or a stopped run of the same config at its last checkpoint.
 
-    A damaged checkpoint is set aside with a message, and the one before it is used. Raises
-    UserError when the directory belongs to another config (naming the keys that differ) or to
-    another process, or when no checkpoint is whole.
+    Raises UserError when the directory belongs to another config (naming the keys that differ) or
+    to another process, or when the checkpoint is damaged.
     """
 
     def __init__(self, cfg: Config):
@@ -76,6 +67,10 @@ class Run:
         self.path = Path(cfg.run_dir)
         self.progress, self.checkpoint = parallel.on_main(self._open)
         self._start = time.perf_counter() - self.progress.seconds
+        if self.progress.finished:
+            print(f"{self.path} is finished; this is its result. A new run needs another --run_dir")
+        elif self.checkpoint is not None:
+            print(f"{self.path}: continuing after RL step {self.rl_steps}")
 
     def _open(self) -> tuple[Progress, Path | None]:
         """Lock the directory, compare its config with ours, and truncate the line files to their
@@ -104,8 +99,8 @@ class Run:
             write_json(config_file, config)
         progress, checkpoint, sizes = Progress(), None, {}
         if checkpoints:
-            checkpoint, state = self._last_whole(checkpoints)
-            progress, sizes = Progress(**state["progress"]), state["sizes"]
+            checkpoint = checkpoints[-1]
+            progress, sizes = self._read_checkpoint(checkpoint)
         for file in self._line_files():
             os.truncate(file, sizes.get(str(file.relative_to(self.path)), 0))
         return progress, checkpoint
@@ -164,12 +159,8 @@ class Run:
         """Write the policy with its tokenizer as the Hugging Face directory RUN/policies/NAME."""
         state = parallel.full_state(policy)
         path = self.path / "policies" / name
-
-        def write() -> None:
-            with _disk(path):
-                hf.save_model(policy, path, state)
-
-        parallel.on_main(write)
+        with _disk(path):
+            parallel.on_main(lambda: hf.save_model(policy, path, state))
 
     def finish_iteration(self, policy: nn.Module) -> None:
         """Export theta_{i+1}, and start the next iteration."""
@@ -192,13 +183,7 @@ class Run:
 
     # ---- checkpoints
 
-    def checkpoint_if(
-        self,
-        due: bool,
-        policy: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        theta_i: dict[str, Tensor] | None = None,
-    ) -> None:
+    def checkpoint_if(self, due: bool, policy, optimizer, theta_i=None) -> None:
         """Write a checkpoint if one is due or a stop is requested. Raises Stopped for a stop."""
         stop = parallel.stop_requested()
         if due or stop:
@@ -206,14 +191,10 @@ class Run:
         if stop:
             raise Stopped
 
-    def save(
-        self,
-        policy: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        theta_i: dict[str, Tensor] | None = None,
-    ) -> None:
+    def save(self, policy: nn.Module, optimizer=None, theta_i=None) -> None:
         """Write a checkpoint under a temporary name and rename it: the weights, the optimizer, the
-        weights that the phase started from, and the progress. Raises UserError for a full disk."""
+        weights that the phase started from (name -> tensor), and the progress. Raises UserError
+        for a full disk."""
         seconds = parallel.on_main(lambda: time.perf_counter() - self._start)
         self.progress = dataclasses.replace(self.progress, seconds=seconds)
         existing = parallel.on_main(self._checkpoints)
@@ -226,30 +207,20 @@ class Run:
                 state |= _named(f"optimizer.{index}", entry)
 
         def complete() -> None:
-            files = {file.name: file.stat().st_size for file in temporary.iterdir()}
             sizes = {str(f.relative_to(self.path)): f.stat().st_size for f in self._line_files()}
-            progress = dataclasses.asdict(self.progress)
-            state = {"progress": progress, "files": files, "sizes": sizes}
+            for file in temporary.iterdir():
+                sizes[f"checkpoints/{target.name}/{file.name}"] = file.stat().st_size
+            state = {"progress": dataclasses.asdict(self.progress), "sizes": sizes}
             write_json(temporary / "state.json", state)
             os.replace(temporary, target)
             for old in existing[: len(existing) + 1 - MAX_CHECKPOINTS]:
                 shutil.rmtree(old)
 
-        try:
+        with _disk(target):
             parallel.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
             writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
             dcp.save(state, storage_writer=writer)
             parallel.on_main(complete)
-        except (OSError, CheckpointException) as error:
-            parallel.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
-            kept = f"{self.checkpoint} is whole" if self.checkpoint else "there is none yet"
-            if isinstance(error, CheckpointException):
-                error = next(iter(error.failures.values()))[0]
-                if not isinstance(error, (OSError, SafetensorError)):  # a second Ctrl-C, a fault
-                    raise error from None
-            raise UserError(
-                f"checkpoint {target} could not be written: {error}; of the earlier ones {kept}"
-            ) from error
         self.checkpoint = target
 
     def load_policy(self, policy: nn.Module) -> None:
@@ -260,19 +231,14 @@ class Run:
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Fill the optimizer with the state in the last checkpoint."""
-        parameters, state = optimizer.param_groups[0]["params"], {}
-        by_parameter: dict[int, dict[str, Tensor]] = {}
-        reader = dcp.HuggingFaceStorageReader(self.checkpoint)
-        for name in reader.read_metadata().state_dict_metadata:
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                like = torch.zeros(()) if key == "step" else parameters[int(index)]
-                tensor = torch.empty_like(like, requires_grad=False)
-                state[f"{index}.{key}"] = tensor
-                by_parameter.setdefault(int(index), {})[key] = tensor
+        reader, state = dcp.HuggingFaceStorageReader(self.checkpoint), {}
+        stored = reader.read_metadata().state_dict_metadata
+        for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            if f"optimizer.{index}.step" in stored:  # none was before the first update
+                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": torch.zeros(())} | moments
+                state |= _named(f"{index}", optimizer.state[parameter])
         self._load("optimizer", state)
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
 
     def phase_start(self, policy: nn.Module) -> dict[str, Tensor]:
         """theta_i, the weights that the iteration starts from: the policy's, or the checkpoint's
@@ -288,29 +254,17 @@ class Run:
         reader = dcp.HuggingFaceStorageReader(self.checkpoint)
         dcp.load(_named(part, state), storage_reader=reader)
 
-    def _last_whole(self, checkpoints: list[Path]) -> tuple[Path, dict]:
-        """The newest checkpoint whose files have their sizes, and its state. Newer ones are
-        renamed to NUMBER.damaged."""
-        problems: dict[Path, str] = {}
-        for checkpoint in reversed(checkpoints):
-            try:
-                state = json.loads((checkpoint / "state.json").read_text("utf-8"))
-                sizes = {checkpoint / name: size for name, size in state["files"].items()}
-                sizes |= {self.path / name: size for name, size in state["sizes"].items()}
-                for file, size in sizes.items():
-                    if (found := file.stat().st_size) < size:
-                        raise ValueError(f"{file} has {found} bytes, expected {size}")
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                problems[checkpoint] = f"{type(error).__name__}: {error}"
-                continue
-            for broken, problem in problems.items():
-                print(f"{broken} is damaged ({problem}); set aside, continuing from {checkpoint}")
-                aside = broken.with_name(broken.name + ".damaged")
-                shutil.rmtree(aside, ignore_errors=True)  # this number may be damaged again
-                os.replace(broken, aside)
-            return checkpoint, state
-        listed = "; ".join(f"{broken}: {problem}" for broken, problem in problems.items())
-        raise UserError(f"{self.path}: no checkpoint is whole ({listed}); nothing was changed")
+    def _read_checkpoint(self, checkpoint: Path) -> tuple[Progress, dict[str, int]]:
+        """The progress and the files' sizes. Raises UserError if a file lacks bytes."""
+        remedy = f"to continue from the checkpoint before it, remove {checkpoint}"
+        try:
+            state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+            for name, size in state["sizes"].items():
+                if (found := (self.path / name).stat().st_size) < size:
+                    raise ValueError(f"{self.path / name} has {found} bytes, expected {size}")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{checkpoint} is damaged: {error}; {remedy}") from None
+        return Progress(**state["progress"]), state["sizes"]
 
     def _checkpoints(self) -> list[Path]:
         return sorted(p for p in (self.path / "checkpoints").glob("*") if p.name.isdigit())
@@ -324,7 +278,11 @@ def _disk(path: Path) -> Iterator[None]:
     """Raise UserError for a full or read-only disk."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors hides the first in the second
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):  # what happened in one of the processes
+            error = next(iter(error.failures.values()))[0]
+        if not isinstance(error, (OSError, SafetensorError)):  # a second Ctrl-C, a fault
+            raise error from None
         raise UserError(f"{path}: cannot be written: {error}") from error
 
 

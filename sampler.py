@@ -75,10 +75,6 @@ class _Row:
     prompt_length: int
     rng: np.random.Generator
 
-    @property
-    def length(self) -> int:
-        return self.prompt_length + len(self.completion.ids)
-
 
 @torch.no_grad()
 def sample(
@@ -183,9 +179,10 @@ def _prefill(
 
 def _decode(model: Transformer, cache: KVCache, rows: list[_Row], id_R: Tensor) -> Tensor:
     """Next-token logits [R, V] behind the rows' newest tokens."""
-    pos_R1 = torch.tensor([[row.length - 1] for row in rows], device=id_R.device)
-    num_slots = max(row.length for row in rows)
-    return model.logits(model.hidden(id_R[:, None], pos_R1, cache.at(pos_R1, num_slots))[:, 0])
+    length_R = [row.prompt_length + len(row.completion.ids) for row in rows]
+    pos_R1 = torch.tensor(length_R, device=id_R.device)[:, None] - 1
+    attend = cache.at(pos_R1, max(length_R))
+    return model.logits(model.hidden(id_R[:, None], pos_R1, attend)[:, 0])
 
 
 def _compact(cache: KVCache, live: list[int]) -> list[int]:

@@ -35,7 +35,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         config = read_json(path / "tokenizer_config.json")
         self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
-        self._chat_file, self._chat_template = _chat_template(path, config)
+        self._chat_file, self.chat_template = _chat_template(path, config)
         if "added_tokens_decoder" not in config:  # an old checkpoint
             config |= read_json(path / "special_tokens_map.json")
         tokens = {name: config[name] for name in SPECIAL_TOKENS if config.get(name) is not None}
@@ -97,13 +97,13 @@ class Tokenizer:
         """
         if not messages:
             raise ValueError("a chat needs at least one message")
-        if self._chat_template is None:
+        if self.chat_template is None:
             remedy = "set data.chat_template = false and give a data.prompt"
             raise UserError(f"{self._chat_file}: no chat template; {remedy}")
         variables = {"tools": None, "documents": None} | self._special
         variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return _compile(self._chat_template).render(variables)
+            return _compile(self.chat_template).render(variables)
         except Exception as error:  # a template is a stranger's program
             problem = f"{type(error).__name__}: {error}"
             raise UserError(f"{self._chat_file}: the chat template failed: {problem}") from None

@@ -3,12 +3,6 @@
 `torchrun --nproc-per-node 8 rloop.py --config X` starts the processes. A run of one process takes
 the same path, with nothing to exchange. Processes exchange data in few places, each a collective:
 all processes must call it, in the same order.
-
-    gather           results of work that each does alone; an exception in one is raised in all
-    on_main          what only the first one does (files)
-    total            sums of a step's measures
-    stop_requested   whether any process was asked to stop
-    prepare          FSDP2: a block's parameters are gathered when needed, gradients reduced
 """
 
 import contextlib
@@ -21,11 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from config import ComputeConfig, UserError
@@ -189,6 +179,6 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     state = {}
     for name, tensor in model.state_dict().items():
         whole = whole_tensor(tensor.detach())
-        if rank() == 0:
-            state[name] = whole.cpu()
+        if rank() == 0:  # a copy: a whole tensor may be part of a padded one
+            state[name] = whole.to("cpu", copy=isinstance(tensor, DTensor))
     return state

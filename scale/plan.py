@@ -2,24 +2,21 @@
 
     python rloop.py --config configs/X.toml --plan --gpus 8 --gpu-memory-gb 80
 
-Memory of a GPU = what is always there + the largest of the phases, which follow one another:
-sampling, the gradient of a micro-batch, the optimizer's step. The parts are counted from model.py,
-sampler.py and packing.py in eager mode; tests/test_plan.py compares them with the memory of real
-runs on a CPU. What a GPU needs beyond them is assumed. All sizes are bytes.
-
-Letters: D width, F MLP width, V vocabulary, L layers, H query heads, K kv heads, E head width.
+Memory of a GPU = what is always there + the larger of the phases, which follow one another:
+sampling and training. It is counted from model.py, sampler.py and packing.py in eager mode;
+tests/test_plan.py compares it with the memory of real runs on a CPU. What a GPU needs beyond it is
+assumed. All sizes are bytes; the letters are those of rloop.py.
 """
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import hf
 from config import Config, UserError
-from model import Transformer, TransformerConfig, round_up
+from model import Transformer, round_up
 from packing import LOGITS_AT_ONCE
 
 GIB = 2**30  # the GB of a GPU
@@ -29,110 +26,83 @@ FRAGMENTATION = 0.1  # assumed: lost in the allocator's gaps, of what training a
 LISTED, WRITTEN = 72, 34  # a response token in a process's memory, and in trajectories/*.jsonl
 
 
-@dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a plan is for."""
+    """What a plan is for. Raises UserError for a config.json that is missing or not supported."""
 
-    cfg: Config
-    gpus: int
-    c: TransformerConfig
-    num_bytes: int  # of a number of compute.dtype
-    block: int  # parameters of a block
-    whole: int  # parameters of the model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """A micro-batch."""
-
-    tokens: float  # of prompts and responses
-    response_tokens: float
-    rows: float  # responses; attention repeats the prompt for each
-    longest: int  # tokens of the longest prompt with its response
+    def __init__(self, cfg: Config, gpus: int):
+        self.cfg, self.gpus, self.c = cfg, gpus, hf.read_config(Path(cfg.model.path))
+        with torch.device("meta"):
+            model = Transformer(self.c)
+        self.num_bytes = getattr(torch, cfg.compute.dtype).itemsize
+        self.block = sum(weight.numel() for weight in model.model.layers[0].parameters())
+        self.whole = sum(weight.numel() for weight in model.parameters())
+        self.shard = 4.0 * self.whole * cfg.compute.replicas / gpus  # of the float32 weights
 
 
-def setting(cfg: Config, gpus: int) -> Setting:
-    """Count the parameters. Raises UserError for a config.json missing or not supported."""
-    c, dtype = hf.read_config(Path(cfg.model.path)), getattr(torch, cfg.compute.dtype)
-    with torch.device("meta"):
-        model = Transformer(c)
-    block = sum(weight.numel() for weight in model.model.layers[0].parameters())
-    whole = sum(weight.numel() for weight in model.parameters())
-    return Setting(cfg=cfg, gpus=gpus, c=c, num_bytes=dtype.itemsize, block=block, whole=whole)
+def always(s: Setting) -> float:
+    """Shards of the weights, their gradients, AdamW's moments, theta_i and the reference model."""
+    num_copies = 1 if s.cfg.method == "eval" else 4
+    with_kl = s.cfg.rl.kl_coef > 0
+    return s.shard * (num_copies + (s.cfg.method == "rloop" or with_kl) + with_kl)
 
 
-def always(s: Setting) -> dict[str, float]:
-    """What lies on a GPU in all phases."""
-    cfg, shard = s.cfg, 4.0 * s.whole * s.cfg.compute.replicas / s.gpus
-    parts = {"float32 weights": shard}
-    if cfg.method != "eval":
-        parts |= {"float32 gradients": shard, "AdamW moments": 2 * shard}
-    if cfg.method == "rloop" or cfg.rl.kl_coef > 0:
-        parts["theta_i"] = shard
-    if cfg.rl.kl_coef > 0:
-        parts["reference model"] = shard
-    return parts
-
-
-def sampling(s: Setting, rows: int, prompt_tokens: int = PROMPT_TOKENS) -> dict[str, float]:
-    """While rows responses are decoded at once."""
+def sampling(s: Setting, rows: int, prompt_tokens: int = PROMPT_TOKENS) -> float:
+    """The copy of the weights, the KV cache and a step, while rows responses are decoded at once
+    and their prompts are prefilled."""
     c, b = s.c, s.num_bytes
+    weights = 0 if s.gpus == 1 and b == 4 else s.whole * b
     num_slots = round_up(prompt_tokens + s.cfg.sampling.max_new_tokens)
-    slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * b
     prompts = math.ceil(rows / s.cfg.rl.samples_per_problem)
-    of_token = 4 * c.intermediate_size * b + 8 * c.hidden_size + 2 * c.num_heads * prompt_tokens * b
+    slots = rows * num_slots + prompts * round_up(prompt_tokens)
+    cache = slots * 2 * c.num_layers * c.num_kv_heads * c.head_dim * b
     sorting = 28 if s.cfg.eval.top_p < 1 or s.cfg.eval.top_k > 0 else 0
-    # beside logits, new rows' logits and log-probs: their exp and its sum, or attention's weights
-    drawing = rows * c.vocab_size * (8 + sorting)
-    attention = rows * c.num_heads * num_slots * 2 * b
-    step = rows * c.vocab_size * 12 + max(prompts * prompt_tokens * of_token, drawing, attention)
-    return {
-        "weights in compute.dtype": 0 if s.gpus == 1 and b == 4 else s.whole * b,
-        "KV cache": rows * num_slots * slot,
-        "KV cache of the prompts": prompts * round_up(prompt_tokens) * slot,
-        "logits and attention": step,
-    }
+    # beside logits, new rows' logits and log-probs: their exp and its sum, or a block's prefill
+    of_token = 4 * c.intermediate_size * b + 8 * c.hidden_size + 2 * c.num_heads * prompt_tokens * b
+    step = max(rows * c.vocab_size * (8 + sorting), prompts * prompt_tokens * of_token)
+    return weights + cache + rows * c.vocab_size * 12 + step
 
 
-def largest_batch(cfg: Config, micro_batch_tokens: int) -> Batch:
-    """The most expensive batch: whole groups of the longest responses; or, where no group fits, one
-    longest response beside short ones of its group, which attention pads to its length."""
-    G, R = cfg.rl.samples_per_problem, cfg.sampling.max_new_tokens
-    longest, group = PROMPT_TOKENS + R, PROMPT_TOKENS + G * R
-    tokens = max(micro_batch_tokens, longest)
-    rows = max(min(G, 1 + tokens - longest), G * tokens / group)
-    return Batch(tokens=tokens, response_tokens=tokens * G * R / group, rows=rows, longest=longest)
+def training(s: Setting, micro_batch_tokens: int) -> float:
+    """The gradient of the most expensive micro-batch, or the optimizer's square roots of moments.
+
+    Most expensive are whole groups of the longest responses; or, where no group fits, one longest
+    response beside short ones of its group, which attention pads to its length."""
+    if s.cfg.method == "eval":
+        return 0.0
+    G, T = s.cfg.rl.samples_per_problem, s.cfg.sampling.max_new_tokens
+    longest, group = PROMPT_TOKENS + T, PROMPT_TOKENS + G * T
+    M = max(micro_batch_tokens, longest)
+    rows = max(min(G, 1 + M - longest), G * M / group)
+    checkpoint = s.cfg.compute.checkpoint_activations
+    batch = gradient(s, M, M * G * T / group, rows * longest, checkpoint)
+    return max((1 + FRAGMENTATION) * batch, 2 * s.shard)
 
 
-def training(s: Setting, batch: Batch, checkpoint: bool) -> dict[str, float]:
-    """While the gradient of a micro-batch is computed."""
-    c, b, M = s.c, s.num_bytes, batch.tokens
+def gradient(s: Setting, M: float, response_tokens: float, slots: float, checkpoint: bool) -> float:
+    """While the gradient of a micro-batch is computed: gathered weights, activations, and the
+    logits or a block's gradient. slots: its rows times the longest one; attention pads to it, and
+    repeats the prompt for each response."""
+    c, b = s.c, s.num_bytes
     D, HE, KE = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     # what a block keeps: norms, MLP (gate, silu(gate), up, product), attention by rows
-    slots = batch.rows * batch.longest
     norms = 2 * M * D * (8 + b)
     mlp = M * 4 * c.intermediate_size * b
     attention = slots * ((2 * HE + 2 * KE) * b + 4 * c.num_heads) + M * HE * b
     kept, inputs = norms + mlp + attention, M * D * b
-    # on top of it while its gradient is computed: at the MLP, or at the attention behind it
-    on_top = max(2 * M * c.intermediate_size * b, slots * (HE + 2 * KE) * 2 * b - norms / 2 - mlp)
-    at_block = on_top + (kept - inputs if checkpoint else 0)
+    activations = c.num_layers * (inputs if checkpoint else kept) + M * D * (8 + 2 * b)
+    # on top of it while its gradient is computed, at the MLP
+    at_block = 2 * M * c.intermediate_size * b + (kept - inputs if checkpoint else 0)
     # a chunk's logits, log-softmax and gradient; the head and its gradient
-    head, num_logits = c.vocab_size * D, batch.response_tokens * c.vocab_size
+    head, num_logits = c.vocab_size * D, response_tokens * c.vocab_size
     at_logits = (12 if b == 4 else 14) * min(LOGITS_AT_ONCE, num_logits)
-    if s.gpus == 1:
-        blocks = 1 if checkpoint else c.num_layers
-        weights = {"weights in compute.dtype": blocks * s.block * b if b < 4 else 0}
+    if s.gpus > 1:  # two blocks and the root, and their gradients
+        gathered = s.whole - max(0, c.num_layers - 2) * s.block
+        weights = gathered * (2 * b + 4)
+    else:
+        weights = s.block * b * (1 if checkpoint else c.num_layers) if b < 4 else 0
         at_logits += head * (4 + (b if b < 4 else 0))
         at_block += head * 4 * c.tie_embeddings  # a tied head's gradient waits for the embedding's
-    else:
-        gathered = s.whole - max(0, c.num_layers - 2) * s.block
-        weights = {"gathered weights (2 blocks, root)": gathered * b}
-        weights["their gradients"] = gathered * (b + 4)
-    return weights | {
-        "activations": c.num_layers * (inputs if checkpoint else kept) + M * D * (8 + 2 * b),
-        "logits, or a block's gradient": max(at_logits, at_block),
-    }
+    return weights + activations + max(at_logits, at_block)
 
 
 def elsewhere(s: Setting) -> dict[str, float]:
@@ -150,61 +120,35 @@ def elsewhere(s: Setting) -> dict[str, float]:
     }
 
 
-def phases(s: Setting, rows: int, micro_batch_tokens: int) -> dict[str, dict[str, float]]:
-    """Phase -> part -> bytes of a GPU."""
-    parts = {"always": always(s), "sampling": sampling(s, rows)}
-    if s.cfg.method != "eval":
-        batch = largest_batch(s.cfg, micro_batch_tokens)
-        train = training(s, batch, s.cfg.compute.checkpoint_activations)
-        parts["training"] = train | {"allocator's gaps": FRAGMENTATION * sum(train.values())}
-        parts["optimizer"] = {"square roots of the moments": 2 * parts["always"]["float32 weights"]}
-    return parts
-
-
-def needed(parts: dict[str, dict[str, float]], *names: str) -> float:
-    """Bytes of a GPU: what is always there, the largest of the named phases, and the reserve."""
-    largest = max(sum(parts[name].values()) for name in names if name in parts)
-    return sum(parts["always"].values()) + largest + RESERVE
-
-
-def report(cfg: Config, gpus: int, gpu_memory_gb: float) -> str:
-    """The plan as text. Raises UserError for replicas that do not divide the GPUs, and for a
+def main(cfg: Config, gpus: int = 1, gpu_memory_gb: float = 80) -> int:
+    """Print the plan. Raises UserError for replicas that do not divide the GPUs, and for a
     config.json that is missing or not supported."""
-    replicas = cfg.compute.replicas
-    if gpus % replicas:
-        raise UserError(f"compute.replicas = {replicas}: must divide --gpus {gpus}")
-    s, limit = setting(cfg, gpus), gpu_memory_gb * GIB
-    rows, tokens = cfg.compute.max_rows, cfg.compute.micro_batch_tokens
-    parts = phases(s, rows, tokens)
-    need = needed(parts, "sampling", "training", "optimizer")
+    replicas, limit = cfg.compute.replicas, gpu_memory_gb * GIB
+    if gpus < 1 or gpus % replicas:
+        raise UserError(f"--gpus {gpus}: expected a multiple of compute.replicas = {replicas}")
+    s, rows, tokens = Setting(cfg, gpus), cfg.compute.max_rows, cfg.compute.micro_batch_tokens
+    base = always(s) + RESERVE
+    sizes = {
+        f"always: {RESERVE / GIB:g} in reserve, shards in float32": base,
+        f"sampling: compute.max_rows = {rows}": sampling(s, rows),
+        f"training: compute.micro_batch_tokens = {tokens}": training(s, tokens),
+    }
+    need = base + max(sampling(s, rows), training(s, tokens))
     verdict = "fits" if need <= limit else f"DOES NOT FIT, {(need - limit) / GIB:.2f} too much"
-    lines = [
-        f"{cfg.model.path}: {s.whole:,} parameters, computing in {cfg.compute.dtype}",
-        f"{gpus} GPUs of {gpu_memory_gb:g} GiB: {replicas} x {gpus // replicas} shards",
-        "",
-        f"GiB of a GPU at compute.max_rows = {rows}, compute.micro_batch_tokens = {tokens}",
-    ]
-    for phase in parts:
-        for name, size in parts[phase].items():
-            lines.append(f"  {phase:<10} {name:<40} {size / GIB:8.2f}")
-    total = f"  {'at once':<10} {'always + the largest phase + reserve':<40}"
-    lines.append(f"{total} {need / GIB:8.2f} of {gpu_memory_gb:g}: {verdict}")
-
-    too_many = (
-        lambda n: needed(phases(s, n, tokens), "sampling") > limit,
-        lambda n: needed(phases(s, rows, n), "training", "optimizer") > limit,
-    )
-    most_rows, most_tokens = (bisect_left(range(1, 2**24), True, key=key) for key in too_many)
-    lines += [
-        f"  most that fits: compute.max_rows = {most_rows},"
-        f" compute.micro_batch_tokens = {most_tokens}",
-        "",
-        "GB of 10^9, at most, for one sampling round a step",
-    ]
-    lines += [f"  {name:<51} {size / 1e9:8.1f}" for name, size in elsewhere(s).items()]
-    lines += [
-        "",
-        f"assumed, never measured on a GPU: prompts up to {PROMPT_TOKENS} tokens,"
-        f" {RESERVE / GIB:g} GiB in reserve, {FRAGMENTATION:.0%} of training lost in gaps",
-    ]
-    return "\n".join(lines)
+    counts = range(1, 2**24)
+    most_rows = bisect_left(counts, True, key=lambda n: base + sampling(s, n) > limit)
+    most_tokens = bisect_left(counts, True, key=lambda n: base + training(s, n) > limit)
+    print(f"{cfg.model.path}: {s.whole:,} parameters, computing in {cfg.compute.dtype}")
+    print(f"{gpus} GPUs of {gpu_memory_gb:g} GiB: {replicas} x {gpus // replicas} shards\n")
+    print("GiB of a GPU")
+    for name, size in sizes.items():
+        print(f"  {name:<51} {size / GIB:8.2f}")
+    print(f"  {'always + the larger phase':<51} {need / GIB:8.2f} of {gpu_memory_gb:g}: {verdict}")
+    most = f"compute.max_rows = {most_rows}, compute.micro_batch_tokens = {most_tokens}"
+    print(f"  most that fits: {most}\n")
+    print("GB of 10^9, at most, for one sampling round a step")
+    for name, size in elsewhere(s).items():
+        print(f"  {name:<51} {size / 1e9:8.1f}")
+    print(f"\nassumed, never measured on a GPU: prompts up to {PROMPT_TOKENS} tokens, the reserve,")
+    print(f"{FRAGMENTATION:.0%} of training lost in the allocator's gaps")
+    return 0

@@ -4,14 +4,11 @@ slower, and its results are equal up to rounding.
 All of it is for CPUs: a setting of the C library's allocator; weights of a sampling copy in the
 order that oneDNN's products need; training attention that computes a prompt once for its group.
 oneDNN's operators are not public in PyTorch: requirements.txt pins its version.
-
-Shapes: as in rloop.py; U tokens of the longest prompt, W of the longest response.
 """
 
 import ctypes
 import functools
 import sys
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -92,33 +89,22 @@ def can_pack(weight: Tensor) -> bool:
 # ---- training: attention in two parts
 
 
-@dataclass(frozen=True)
 class Slots:
     """Where sequences of different lengths lie in a padded tensor [N, G, longest]."""
 
-    shape: tuple[int, int, int]
-    token_of_slot: Tensor  # the number of tokens = padding
-    slot_of_token: Tensor
-
-    @classmethod
-    def of(cls, lengths: list[list[int]], device: torch.device) -> "Slots":
+    def __init__(self, lengths: list[list[int]]):
         """lengths[n][g] of the sequences, in the order of their tokens."""
         G, longest = max(map(len, lengths)), max(map(max, lengths))
-        slots = [
-            (n * G + g) * longest + t
-            for n, row in enumerate(lengths)
-            for g, length in enumerate(row)
-            for t in range(length)
-        ]
-        slot_of_token = torch.tensor(slots)
-        token_of_slot = torch.full((len(lengths) * G * longest,), len(slots))
-        token_of_slot[slot_of_token] = torch.arange(len(slots))
-        shape = (len(lengths), G, longest)
-        return cls(shape, token_of_slot.to(device), slot_of_token.to(device))
+        length_NG = torch.tensor([row + [0] * (G - len(row)) for row in lengths])
+        self.taken = torch.arange(longest) < length_NG[:, :, None]
+        self.slot_of_token = self.taken.flatten().nonzero()[:, 0]
+        num_tokens = len(self.slot_of_token)  # in token_of_slot: padding
+        self.token_of_slot = torch.full((self.taken.numel(),), num_tokens)
+        self.token_of_slot[self.slot_of_token] = torch.arange(num_tokens)
 
     def pad(self, x_M: Tensor) -> Tensor:
         x = Regroup.apply(x_M, self.token_of_slot, self.slot_of_token)
-        return x.unflatten(0, self.shape)
+        return x.unflatten(0, self.taken.shape)
 
     def unpad(self, x: Tensor) -> Tensor:
         return Regroup.apply(x.flatten(0, 2), self.slot_of_token, self.token_of_slot)
@@ -145,15 +131,13 @@ class Regroup(torch.autograd.Function):
 def layout(batch: packing.Packed) -> tuple[Slots, Slots, Tensor]:
     """The slots of a micro-batch's prompts and responses, and the bias [N, 1, 1, 1, W, U + W]: 0
     where a response's token sees a slot of [prompt, response], -inf where it does not."""
-    device = batch.ids_M.device
-    prompts = Slots.of([[length] for length, _ in batch.group_sizes], device)
-    responses = Slots.of([lengths for _, lengths in batch.group_sizes], device)
-    (N, _, U), W = prompts.shape, responses.shape[2]
-    padding_NU = (prompts.token_of_slot == len(prompts.slot_of_token)).view(N, U)
-    future_WW = torch.ones(W, W, dtype=torch.bool, device=device).triu(1)
-    hidden = [padding_NU[:, None].expand(N, W, U), future_WW.expand(N, W, W)]
+    prompts = Slots([[length] for length, _ in batch.group_sizes])
+    responses = Slots([lengths for _, lengths in batch.group_sizes])
+    (N, _, U), W = prompts.taken.shape, responses.taken.shape[2]
+    future_WW = torch.ones(W, W, dtype=torch.bool).triu(1)
+    hidden = [~prompts.taken.expand(N, W, U), future_WW.expand(N, W, W)]
     hidden_NWS = torch.cat(hidden, dim=-1)
-    bias_NWS = torch.zeros(hidden_NWS.shape, device=device).masked_fill_(hidden_NWS, -torch.inf)
+    bias_NWS = torch.zeros(hidden_NWS.shape).masked_fill_(hidden_NWS, -torch.inf)
     return prompts, responses, bias_NWS[:, None, None, None]
 
 
@@ -169,7 +153,8 @@ def attend(
     if longest > LONG or q_MHE.is_cuda:
         return attend_by_rows(batch, layer, q_MHE, k_MKE, v_MKE)
     prompts, responses, bias = layout(batch)
-    (N, G, W), U, (_, H, E), K = responses.shape, prompts.shape[2], q_MHE.shape, k_MKE.shape[1]
+    (N, G, W), U = responses.taken.shape, prompts.taken.shape[2]
+    (_, H, E), K = q_MHE.shape, k_MKE.shape[1]
     sizes = [len(prompts.slot_of_token), len(responses.slot_of_token)]
     parts = [x.split(sizes) for x in (q_MHE * E**-0.5, k_MKE, v_MKE)]
     q, k, v = (prompts.pad(x)[:, 0].transpose(1, 2) for x, _ in parts)

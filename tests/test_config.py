@@ -145,7 +145,7 @@ def test_command_line(countdown_toml):
     cfg, machine = config_from_command_line(arguments)
     assert cfg.seed == 3 and machine is None
     cfg, machine = config_from_command_line([*arguments, "--plan", "--gpus", "8"])
-    assert cfg.seed == 3 and machine == {"gpus": 8, "gpu_memory_gb": 80}
+    assert cfg.seed == 3 and machine == {"gpus": 8}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -356,11 +356,11 @@ def test_missing_files_are_named(tiny, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     shard = sorted(tmp_path.glob("model-*"))[3]
     shard.unlink()
-    assert_error(f"{shard.name}: not found")
+    assert_error(f"{shard.name}: cannot be read as safetensors: No such file")
     index.write_text("{}")
     assert_error("index.json: has no 'weight_map'")
     index.unlink()
-    assert_error("model.safetensors: not found")
+    assert_error("model.safetensors: cannot be read as safetensors: No such file")
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch OPENED'\ntR.")
     assert_error("pytorch_model.bin: a pickle")
     (tmp_path / "config.json").write_text("{")

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch._dynamo  # here, not in each of the processes
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, SMALL_RUN, TINY, random_model
 from tqdm import tqdm
 
@@ -181,6 +182,43 @@ def stop_when(flags: list[str], reached) -> int:
 
     Run.commit = commit_and_signal
     return rloop.main(flags)
+
+
+@pytest.mark.parametrize(
+    ("stopped", "signals"),
+    [((1,), [signal.SIGTERM]), ((0, 1), [signal.SIGINT, signal.SIGTERM] * 2)],
+)
+def test_stop_while_processes_write_a_checkpoint_is_a_stop(tmp_path, capfd, stopped, signals):
+    """Fault: SIGTERM to one process, or repeated signals to all (by a terminal and torchrun), while
+    they write their shards of a checkpoint end in an error, a half-written checkpoint, a process
+    that waits for the others, or a run that continues to other bits."""
+
+    def body() -> int:
+        real, calls = dcp.HuggingFaceStorageWriter.write_data, []
+
+        def interrupted(writer, plan, planner):
+            calls.append(None)
+            if len(calls) == 3:
+                for number in signals if parallel.rank() in stopped else ():
+                    os.kill(os.getpid(), number)
+                    time.sleep(0.01)  # the handler runs
+            return real(writer, plan, planner)
+
+        dcp.HuggingFaceStorageWriter.write_data = interrupted
+        return rloop.main(flags)
+
+    flags = arguments(tmp_path / "run", "--save_every", "1")
+    assert Processes(2, body).exit_codes() == [130, 130]
+    assert capfd.readouterr().err.count("stopped; the same command continues") == 2
+    found = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert found == ["000002", "000003"]  # the third, and the one of the stop
+    state = json.loads((tmp_path / "run/checkpoints/000003/state.json").read_text())
+    assert (state["progress"]["step"], state["progress"]["rft_step"]) == (2, 1)
+    run_with(2, tmp_path / "run", "--save_every", "1")
+    run_with(2, tmp_path / "whole", "--save_every", "1")
+    for file in ("trajectories/iteration_2.jsonl", "policies/theta_2/model.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
 def test_first_signal_asks_and_second_ctrl_c_ends_a_single_process():

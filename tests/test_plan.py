@@ -84,19 +84,12 @@ def planned(path: str, dtype: str) -> dict[str, float]:
     overrides = ["--method", "rl", "--model.path", path, "--compute.dtype", dtype]
     overrides += ["--sampling.max_new_tokens", f"{NEW_TOKENS}"]
     overrides += ["--rl.samples_per_problem", f"{samples}"]
-    s = plan.setting(load_config(ROOT / "configs" / "countdown.toml", overrides), gpus=1)
-    num_response_tokens = samples * response
-    batch = plan.Batch(
-        tokens=prompt + num_response_tokens,
-        response_tokens=num_response_tokens,
-        rows=samples,
-        longest=prompt + response,
-    )
-    always = plan.always(s)
-    sizes = {"sampling": always["float32 weights"] + sum(plan.sampling(s, ROWS, prompt).values())}
+    s = plan.Setting(load_config(ROOT / "configs" / "countdown.toml", overrides), gpus=1)
+    tokens, slots = prompt + samples * response, samples * (prompt + response)
+    sizes = {"sampling": 4 * s.whole + plan.sampling(s, ROWS, prompt)}
     for phase, checkpoint in (("checkpointed", True), ("training", False)):
-        parts = plan.training(s, batch, checkpoint)
-        sizes[phase] = sum(always.values()) + sum(parts.values())
+        batch = plan.gradient(s, tokens, samples * response, slots, checkpoint)
+        sizes[phase] = plan.always(s) + batch
     return sizes
 
 
@@ -156,7 +149,7 @@ def test_committed_configs_fit_their_gpus(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_most_that_fits_is_the_most(tmp_path):
+def test_the_most_that_fits_is_the_most(tmp_path, capsys):
     """Fault: the plan promises rows or tokens with which it then says that the run does not fit, or
     fewer than fit."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
@@ -164,7 +157,8 @@ def test_the_most_that_fits_is_the_most(tmp_path):
     def planned_with(*overrides: str) -> str:
         file = ROOT / "configs" / "qwen2.5-math-7b.toml"
         cfg = load_config(file, ["--model.path", str(tmp_path), *overrides])
-        return plan.report(cfg, gpus=8, gpu_memory_gb=80)
+        assert plan.main(cfg, gpus=8, gpu_memory_gb=80) == 0
+        return capsys.readouterr().out
 
     line = next(line for line in planned_with().splitlines() if "most that fits" in line)
     most = re.findall(r"(compute\.\w+) = (\d+)", line)
@@ -172,6 +166,16 @@ def test_the_most_that_fits_is_the_most(tmp_path):
     for key, number in most:
         assert "of 80: fits" in planned_with(f"--{key}", number)
         assert "of 80: DOES NOT FIT" in planned_with(f"--{key}", str(int(number) + 1))
+
+
+def test_an_evaluation_needs_no_training(tmp_path, capsys):
+    """Fault: a plan of an evaluation counts gradients and moments, or ends in a traceback."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    command = ["--config", str(ROOT / "configs" / "qwen2.5-math-7b.toml"), "--plan", "--gpus", "8"]
+    assert main([*command, "--model.path", str(tmp_path), "--method", "eval"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    sizes = [line.split()[-1] for line in lines if line.startswith(("  always:", "  training:"))]
+    assert sizes == [f"{2 + 7_615_616_512 * 4 / 8 / 2**30:.2f}", "0.00"]
 
 
 def test_bytes_of_a_response_token():
@@ -199,9 +203,12 @@ def test_bytes_of_a_response_token():
     ("arguments", "message"),
     [
         (["--plan", "--model.path", "nowhere/Some-7B"], "nowhere/Some-7B/config.json: not found"),
-        (["--plan", "--gpus", "0"], "--gpus 0: must be above 0"),
-        (["--plan", "--gpus", "8", "--compute.replicas", "3"], "= 3: must divide --gpus 8"),
-        (["--gpus", "8"], "--gpus: goes with --plan"),
+        (["--plan", "--gpus", "0"], "--gpus 0: expected a multiple of compute.replicas = 1"),
+        (
+            ["--plan", "--gpus", "8", "--compute.replicas", "3"],
+            "--gpus 8: expected a multiple of compute.replicas = 3",
+        ),
+        (["--gpus", "8"], "--gpus and --gpu-memory-gb: go with --plan"),
     ],
 )
 def test_a_plan_that_cannot_be_made_says_why(countdown_toml, capsys, arguments, message):

@@ -8,6 +8,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import talk
 from config import Config, load_config
 
 README = ROOT / "README.md"
@@ -98,7 +99,9 @@ def check_command(arguments: list[str]) -> None:
             assert not option.startswith("--") or f'"{option}"' in known, f"{rest[0]}: {option}"
         return
     assert (ROOT / script).is_file(), script
-    if script == "rloop.py":
+    if script == "rloop.py" and "--sample" in rest:
+        talk.read_options(rest)
+    elif script == "rloop.py":
         while extra := next((word for word in rest if word in PLAN_OPTIONS), None):
             at = rest.index(extra)
             del rest[at : at + PLAN_OPTIONS[extra]]

@@ -419,6 +419,8 @@ class _Parser:
                 node = ("pct", node)
             elif node[0] == "var" and self.accept("'"):
                 node = ("var", node[1] + "'")
+            elif node[0] == "var" and self.accept("_"):  # {g}_{k}
+                node = ("var", f"{node[1]}_{self.subscript()}")
             elif self.accept("\\circ"):
                 is_temperature = self.peek() in ("C", "F") and self.kind() != "sign"
                 name = "deg" + self.take() if is_temperature else "deg"

@@ -69,11 +69,12 @@ _LEAD_IN = re.compile(
     r"|option(?= \(?[A-J])|result|we|it|there|ratio|final|probability|area"
     r"|length)\b[\s,:]+|[:=]\s*){1,20}"
 )
-_CHANGING = re.compile(
-    r"\d|\\(?!\()|\b(?:than|least|most|half|twice|double|times|minus|negative|plus|roots?|squared?"
-    r"|cubed?|sum|product|third|percent|dozen|hundred|thousand|[mb]illion|over|under|below|above"
-    r"|error|step|case|when|between|from|mod|or|and|less|no)\b"
-)  # words beside a formula that make another value of it
+_CHANGING = re.compile(  # words beside a formula that make another value of it
+    r"(?i)\d|\\(?!\()|\b(?:than|least|most|half|twice|double|times|minus|negative|plus|roots?|squared?"
+    r"|cubed?|sum|product|third|percent|dozen|hundred|thousand|[mb]illion|over|under|below|above|let"
+    r"|error|step|case|when|between|from|mod|or|and|but|less|no|add|subtract|multipl\w+|divid\w+|set"
+    r"|because|exceeds?|exclud\w+|bounded|smaller|larger|factor|remainder|without|fails?|short)\b"
+)
 _FORMULAS = re.compile(r"\$[^$\s][^$]*(?<!\s)\$(?:(?:,|,? and|,? or) ?\$[^$]+\$){0,20}")
 _MONEY = re.compile(r"(?<=[a-z] )\$(\d[\d,]*(?:\.\d+)?)(?=,?\s|$)")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\*|$)|\n")
@@ -118,7 +119,7 @@ def extract_answer(text: str) -> str | None:
         behind = text[boxes[-1][2] + 1 :]
         return None if _WITHDRAWN.search(behind) else _joined(text, boxes)
     if last == starts[0]:
-        return _value(hashes[1]) or None
+        return None if _WITHDRAWN.search(text, hashes.end()) else _value(hashes[1]) or None
     return _behind_phrase(text, phrase)
 
 

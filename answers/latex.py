@@ -148,9 +148,8 @@ WORD_SIGNS = _pairs(  # without a backslash
 _ACCENTS = _words("overline bar vec hat dot ddot tilde widehat underline mathcal mathbb")
 _OPENING = _GREEK | _ACCENTS | _words("pi infty frac int emptyset ldots dollar euro pound")
 _FILLER = _words(
-    "the a an about approximately roughly exactly is are units unit total only old long wide tall"
+    "the a an about approximately roughly exactly is are answer total only old long wide tall"
     " high away each every this of in all altogether different distinct possible left remaining now"
-    " answer"
 )
 _CHANGING = _words(  # beside a number they make another one of it
     "hundred hundreds thousand thousands million millions billion billions trillion trillions dozen"

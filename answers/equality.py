@@ -473,15 +473,15 @@ class _Comparison:
     def agree_everywhere(self, gold: tuple, answer: tuple, names: list[str]) -> bool:
         """Equal at many points; without an i, at those where all is real: |x| is not x. Where gold
         holds bars the answer must be real wherever gold is: ln |x| is not ln x."""
-        is_complex = ("const", "i") in walk((gold, answer))
-        has_bars = _calls(gold, {"abs"})
-        for real_only in (False,) if is_complex else (True, False):
+        nodes = list(walk((gold, answer)))
+        self.budget.spend(len(nodes))
+        for real_only in (False,) if ("const", "i") in nodes else (True, False):
             checked = 0
             for point in _points(names, (gold, answer)):
                 g = self.value_at(gold, point, real_only)
                 a = self.value_at(answer, point, real_only) if g is not None else None
                 if g is None or a is None:
-                    if has_bars and g is not None:
+                    if g is not None and _calls(gold, {"abs"}):
                         return False
                     continue
                 if not _close(g, a):

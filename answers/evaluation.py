@@ -14,7 +14,7 @@ MAX_BITS = 24_000  # of an exact intermediate value
 MAX_REAL_BITS = 400  # of a fraction beside irrational numbers
 MAX_EXPONENT = 10**6
 MAX_FACTORIAL = 3000  # computed exactly; above it by the gamma function
-MAX_STEPS = 20_000  # of all evaluations for one verdict
+MAX_STEPS = 16_000  # of all evaluations for one verdict
 
 SMALL = MPContext()
 SMALL.dps = 150

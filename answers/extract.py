@@ -109,7 +109,7 @@ def extract_answer(text: str) -> str | None:
     box = boxes[-1][0] if boxes else -1
     last = max(tag, box, *starts)
     if last < 0:
-        stated = None if text.endswith("?") else _stated(_last_sentence(text))
+        stated = None if text.endswith(("?", ",", "+", "=")) else _stated(_last_sentence(text))
         return text if _CHOICE.fullmatch(text) else stated
     if 0 <= tag <= last <= tag + len(inner):
         text = text[: text.find(inner, tag) + len(inner)]

@@ -252,7 +252,7 @@ class _Comparison:
         return Evaluation(self.budget, {}).value(node)
 
     def same(self, gold: tuple, answer: tuple) -> bool:
-        self.budget.spend(5)  # nested chains of equations would take exponential time
+        self.budget.spend(8)  # nested chains of equations would take exponential time
         if gold == answer or {gold, answer} == {_REALS, ("var", "R")}:
             return True
         gold, answer = _joined(gold, answer), _joined(answer, gold)

@@ -14,7 +14,7 @@ MAX_BITS = 24_000  # of an exact intermediate value
 MAX_REAL_BITS = 400  # of a fraction beside irrational numbers
 MAX_EXPONENT = 10**6
 MAX_FACTORIAL = 3000  # computed exactly; above it by the gamma function
-MAX_STEPS = 16_000  # of all evaluations for one verdict
+MAX_STEPS = 20_000  # of all evaluations for one verdict
 
 SMALL = MPContext()
 SMALL.dps = 150
@@ -181,10 +181,9 @@ class Evaluation:
         return self.general_power(b, real(e))
 
     def general_power(self, b, e):
-        b, e = real(b), real(e)
-        log = SMALL.log(b)
-        self.small(e * log, MAX_EXPONENT)
-        return SMALL.exp(e * log)
+        self.budget.spend(40)
+        power = real(e) * SMALL.log(real(b))
+        return SMALL.exp(self.small(power, MAX_EXPONENT))
 
     def small(self, value, limit=10**15):
         if abs(value) > limit or 0 < abs(value) < 1e-50:
@@ -194,7 +193,7 @@ class Evaluation:
     def _fn(self, name, arguments):
         values = [self.value(node) for node in arguments]
         is_exact = name in _EXACT and all(isinstance(value, Fraction) for value in values)
-        self.budget.spend(5 if is_exact or name in ("floor", "ceil") else 40)
+        self.budget.spend(5 if is_exact or name in ("floor", "ceil", "root", "exp") else 40)
         method = getattr(self, "fn_" + name, None)
         if method is not None:
             try:

@@ -20,6 +20,7 @@ LIMITS = {
     "below": operator.lt,
     "at_most": operator.le,
     "one_of": lambda value, allowed: value in allowed,
+    "among": lambda values, allowed: all(value in allowed for value in values),
 }
 
 
@@ -67,6 +68,7 @@ class DataConfig:
     train_size: int = key(100, at_least=0)  # number drawn by seed; 0 = the whole file (ours)
     eval: str = "countdown:heldout"  # held-out problems
     eval_size: int = key(200, at_least=0)  # number, the same for every seed; 0 = the whole file
+    reward: str = ""  # a function of one's own, "module:function"; "" = the problem's own judge
     prompt: str = "{problem}"  # template of the prompt
     chat_template: bool = False  # put the prompt into the checkpoint's own chat template
 
@@ -99,6 +101,7 @@ class RLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
+    min_reward: float = key(1.0, above=0, at_most=1)  # of a success: an expert, and in avg@k
     max_success_rate: float = key(0.9, above=0, at_most=1)  # of hard problems (value ours)
     max_per_problem: int = key(100, above=0)  # expert trajectories kept per problem (ours)
 
@@ -144,6 +147,8 @@ class Config:
     run_dir: str = "runs/{method}-{seed}"  # {method} and {seed} stand for the values of these keys
     iterations: int = key(4, above=0)  # RLoop iterations (ours)
     save_every: int = key(10, above=0)  # RL or RFT steps between two checkpoints
+    # Also write the metrics to these: ["tensorboard"], ["wandb"] or both.
+    logging: list = field(default_factory=list, metadata={"among": ("tensorboard", "wandb")})
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -165,6 +170,8 @@ class Config:
             raise UserError("rl.importance_cap above 0 needs rl.recompute_logprobs = true")
         if self.eval.temperature == 0 and self.eval.num_samples > 1:
             raise UserError("eval.temperature = 0 is greedy and needs eval.num_samples = 1")
+        if self.data.reward and ":" not in self.data.reward:
+            raise UserError(f"data.reward = {self.data.reward!r}: expected module:function")
         if "{problem}" not in self.data.prompt:
             raise UserError(f"data.prompt = {self.data.prompt!r}: must contain {{problem}}")
 

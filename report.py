@@ -2,8 +2,8 @@
 
     python report.py RUN_DIR [RUN_DIR ...] [--out DIR]
 
-Reads config.json and metrics.jsonl of every run, prints the tables, and writes report.md and
-learning_curves.png into DIR (default: the first RUN_DIR).
+Reads config.json and metrics.jsonl of every run, prints the tables, and writes into DIR (default:
+the first RUN_DIR) report.md, learning_curves.png and, of the first run, trajectories.html.
 
 Runs that differ only in their seed form a group. A group's numbers are the mean and the sample
 standard deviation over seeds; a band in a plot spans the lowest to the highest seed. The interval
@@ -11,25 +11,32 @@ of a single evaluation is the run's own: 95% bootstrap over problems.
 """
 
 import argparse
+import functools
 import itertools
 import json
+import math
 import operator
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+import jinja2
 import numpy as np
+from tokenizers import Tokenizer
 
-from config import UserError, flat
+from config import UserError, differing_keys, flat, read_json
 
 METHODS = {"rloop": "RLoop", "rl": "plain RL", "sft": "SFT", "eval": "evaluation"}
 FINAL_POLICY = {"rloop": "rft", "rl": "rl", "sft": "rft", "eval": "base"}
 # keys that do not make two runs different settings; keys in which compared runs must agree
-NEUTRAL_KEY = re.compile(r"seed|run_dir|(rft\.)?save_every|eval\.every|compute\.(?!dtype).*")
-SHARED_KEY = re.compile(r"data\.eval.*|eval\.(?!every).*")
-PLOT = "learning_curves.png"
+NEUTRAL_KEY = re.compile(r"seed|run_dir|logging|save_every|eval\.every|compute\.(?!dtype).*")
+SHARED_KEY = re.compile(r"data\.(eval.*|reward)|select\.min_reward|eval\.(?!every).*")
+PLOT, PAGE = "learning_curves.png", "trajectories.html"
+PAGE_STEPS, PAGE_TOKENS = 10, 200_000  # shown in the page, at most
+PLACE = re.compile(rb'"iteration": \d+, "step": \d+')  # of a trajectory, in its line
 PANELS = {
     "rl/reward_mean": "training reward",
     "avg": "held-out avg@{K} (diamonds: after RFT)",
@@ -57,15 +64,27 @@ class Run:
         """The evaluation that stands for the run, after the last RFT or RL step; or none yet."""
         return self.evals(FINAL_POLICY[self.config["method"]])[-1:]
 
+    def policies(self) -> Iterator[tuple[str, list[float], dict, int | str]]:
+        """Name, training rewards (the last 10 before its evaluation), last evaluation and number of
+        experts of the base, every RL phase and every RFT."""
+        is_loop = self.config["method"] == "rloop"
+        experts = {("rft", r["iteration"]): r["filter/num_experts"] for r in self.records["filter"]}
+        last = {(e["policy"], e["iteration"]): e for e in self.records["eval"]}
+        for (policy, i), e in last.items():
+            name = f"{'RFT' if policy == 'rft' else 'RL phase'} {i + 1}" if is_loop else self.method
+            steps = [r for r in self.records["rl"] if r["iteration"] == i]
+            rewards = [r["rl/reward_mean"] for r in steps if r["rl_steps"] <= e["rl_steps"]][-10:]
+            yield "base" if policy == "base" else name, rewards, e, experts.get((policy, i), "")
+
     def finished(self) -> bool:
         num_steps = self.config["iterations"] * self.config["rl.steps"]
         has_rl = self.config["method"] in ("rloop", "rl")
         return any(not has_rl or e["rl_steps"] >= num_steps for e in self.final())
 
 
-def score(evaluation: dict, measure: str, bound: str = "") -> float:
-    """avg@K or pass@K of an evaluation; bound "_low" or "_high": an end of its interval."""
-    return evaluation[f"eval/{measure}@{evaluation['eval/num_samples']}{bound}"]
+def score(evaluation: dict, measure: str) -> float:
+    """avg@K or pass@K of an evaluation."""
+    return evaluation[f"eval/{measure}@{evaluation['eval/num_samples']}"]
 
 
 def load_groups(paths: list[Path]) -> dict[str, list[Run]]:
@@ -74,10 +93,9 @@ def load_groups(paths: list[Path]) -> dict[str, list[Run]]:
     label_runs(runs)
     runs.sort(key=lambda run: (run.label, run.config["seed"]))
     for a, b in itertools.pairwise(runs):
-        for key in filter(SHARED_KEY.fullmatch, a.config | b.config):
+        for key in filter(SHARED_KEY.fullmatch, differing_keys(a.config, b.config)):
             x, y = a.config.get(key), b.config.get(key)
-            if x != y:
-                raise UserError(f"{key}: {x!r} in {a.path}, {y!r} in {b.path}; expected the same")
+            raise UserError(f"{key}: {x!r} in {a.path}, {y!r} in {b.path}; expected the same")
         if (a.label, a.config["seed"]) == (b.label, b.config["seed"]):
             raise UserError(f"{a.path}, {b.path}: same settings and seed; expected each seed once")
     return {label: [*same] for label, same in itertools.groupby(runs, lambda run: run.label)}
@@ -85,33 +103,35 @@ def load_groups(paths: list[Path]) -> dict[str, list[Run]]:
 
 def load_run(path: Path) -> Run:
     """Read a run directory. Raises UserError that names the file, and the line."""
-    for name in ("config.json", "metrics.jsonl"):
-        if not (path / name).is_file():
-            raise UserError(f"{path}: has no {name}; expected the directory of a run")
-    try:
-        config = flat(json.loads((path / "config.json").read_bytes()))
-        pure_rft = config["method"] == "rloop" and config["rl.lr"] == 0
-        method = "pure RFT" if pure_rft else METHODS[config["method"]]
-        config["eval.num_samples"]  # every run has it
-    except (ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{path / 'config.json'}: not a run's config: {error!r}") from None
+    config = flat(read_json(path / "config.json"))
+    if not {"method", "eval.num_samples"} <= config.keys():
+        raise UserError(f"{path / 'config.json'}: not the config of a run")
+    pure_rft = config["method"] == "rloop" and config["rl.lr"] == 0
+    method = "pure RFT" if pure_rft else METHODS[config["method"]]
     records = read_records(path / "metrics.jsonl")
     return Run(path=path, config=config, method=method, records=records)
 
 
 def read_records(file: Path) -> dict[str, list[dict]]:
-    """Phase -> records. Half a last line, written by a killed run, is reported and left out."""
+    """Phase -> records."""
     records = {phase: [] for phase in ("rl", "filter", "rft", "eval")}
-    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            print(f"{file}:{number}: the last line is half written and left out")
-            break
+    for number, line in whole_lines(file):
         try:
             record = json.loads(line)
             records.setdefault(record["phase"], []).append(record)
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file}:{number}: not a record: {error!r}") from None
     return records
+
+
+def whole_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines by number. Half a last one, written by a killed run, is reported and left out."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.endswith(b"\n"):
+                print(f"{file}:{number}: the last line is half written and left out")
+                return
+            yield number, line
 
 
 def label_runs(runs: list[Run]) -> None:
@@ -124,55 +144,6 @@ def label_runs(runs: list[Run]) -> None:
             settings = ", ".join(f"{key} {run.config.get(key)}" for key in keys)
             run.label = f"{method} ({settings})" if keys else method
             run.label += "" if run.finished() else ", unfinished"
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table, aligned for the screen, without empty columns; a sentence if no rows."""
-    if not rows:
-        return ["No evaluation yet."]
-    columns = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
-    first, *others = [max(map(len, column)) for column in columns]
-    rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
-    names, *body = zip(*columns, strict=True)
-    rows = [[row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in (names, rule, *body)]
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def run_section(run: Run) -> list[str]:
-    """The base, every RL phase and every RFT of one run, with the over-fitting gap."""
-    K, is_loop = run.config["eval.num_samples"], run.config["method"] == "rloop"
-    experts = {("rft", r["iteration"]): r["filter/num_experts"] for r in run.records["filter"]}
-    rows = []
-    for (policy, i), e in {(e["policy"], e["iteration"]): e for e in run.records["eval"]}.items():
-        name = f"{'RFT' if policy == 'rft' else 'RL phase'} {i + 1}" if is_loop else run.method
-        minutes, seconds = divmod(round(e["time/total_s"]), 60)
-        cells = ["base" if policy == "base" else name]
-        for measure in ("avg", "pass"):
-            value, low, high = (score(e, measure, bound) for bound in ("", "_low", "_high"))
-            cells.append(f"{value:.3f} [{low:.3f}, {high:.3f}]")
-        cells += [f"{e['rl_steps']}", f"{e['num_trajectories']:,}"]
-        rows.append([*cells, f"{experts.get((policy, i), '')}", f"{minutes}:{seconds:02d}"])
-    names = f"policy,avg@{K} [95%],pass@{K} [95%],RL steps,trajectories,experts,wall m:ss"
-    lines = [f"## {run.label}, seed {run.config['seed']}: {run.path}", ""]
-    return [*lines, *table(names.split(","), rows), *gap_lines(run), ""]
-
-
-def gap_lines(run: Run) -> list[str]:
-    """Training reward minus held-out avg@K at the last RL evaluation; problems forgotten."""
-    last, end = next(reversed(run.evals("rl")), None), next(reversed(run.records["eval"]), None)
-    if last is None:
-        return []
-    steps = [r for r in run.records["rl"] if r["iteration"] == last["iteration"]]
-    rewards = [r["rl/reward_mean"] for r in steps if r["rl_steps"] <= last["rl_steps"]][-10:]
-    reward, heldout = fmean(rewards), score(last, "avg")
-    return [
-        "",
-        f"Over-fitting gap at RL step {last['rl_steps']}: training reward {reward:.3f} (mean of the"
-        f" last {len(rewards)} steps) - held-out avg {heldout:.3f} = {reward - heldout:.3f}",
-        f"Forgetting: {end['eval/forgotten_share']:.3f} of the held-out problems were solved at an"
-        " earlier evaluation and not at the last;",
-        f"all evaluations together solve {end['eval/union_share']:.3f}",
-    ]
 
 
 def final_evals(groups: dict[str, list[Run]]) -> dict[str, list[dict]]:
@@ -188,28 +159,22 @@ def final_evals(groups: dict[str, list[Run]]) -> dict[str, list[dict]]:
     return {name: evals for name, evals in rows.items() if evals}
 
 
-def summary_section(groups: dict[str, list[Run]], K: int) -> list[str]:
-    """Mean and sample standard deviation over seeds, relative to the best plain RL."""
+def summary(groups: dict[str, list[Run]]) -> dict:
+    """Lines of the summary, and the plain RL that they are compared with, the best."""
     rows, measures = final_evals(groups), ("avg", "pass")
     means = {(name, m): fmean(score(e, m) for e in rows[name]) for name in rows for m in measures}
     plain = [n for n, same in groups.items() if same[0].method == "plain RL" and same[0].finished()]
     reference = max(plain, key=lambda name: means[name, "avg"], default=None)
-    cells = []
+    lines = []
     for name, evals in rows.items():
-        line = [name, str(len(evals)), f"{fmean(e['rl_steps'] for e in evals):.0f}"]
-        line.append(f"{fmean(e['num_trajectories'] for e in evals):,.0f}")
+        cells = []
         for m in measures:
             spread = f" ± {stdev(score(e, m) for e in evals):.3f}" if len(evals) > 1 else ""
             base = means[reference, m] if reference not in (None, name) else 0
             change = f"{means[name, m] / base - 1:+.1%}" if base > 0 else ""
-            line += [f"{means[name, m]:.3f}{spread}", change]
-        cells.append(line)
-    header = f"policy,seeds,RL steps,trajectories,avg@{K},vs RL,pass@{K},vs RL".split(",")
-    lines = ["## Summary: mean ± sample standard deviation over seeds", "", *table(header, cells)]
-    if reference:
-        best = f", the best of {len(plain)} settings by avg@{K}" if len(plain) > 1 else ""
-        lines += ["", f"vs RL: relative difference of the means to {reference}{best}."]
-    return [*lines, ""]
+            cells += [f"{means[name, m]:.3f}{spread}", change]
+        lines.append((name, evals, cells))
+    return {"lines": lines, "reference": reference, "num_settings": len(plain)}
 
 
 def smooth(curve: dict, window: int) -> dict:
@@ -264,9 +229,8 @@ def write_plot(groups: dict[str, list[Run]], file: Path) -> None:
     window = max(len(run.records["rl"]) for run in runs) // 30 // 2 * 2 + 1
     colors = {"base": "gray"} | {label: f"C{n % 10}" for n, label in enumerate(groups)}
     figure = Figure(figsize=(13, 7.5), layout="constrained")
-    axes = dict(zip(PANELS, figure.subplots(2, 3).flat, strict=True))
-    for key, ax in axes.items():
-        ax.set_title(PANELS[key].format(K=runs[0].config["eval.num_samples"]))
+    for (key, title), ax in zip(PANELS.items(), figure.subplots(2, 3).flat, strict=True):
+        ax.set_title(title.format(K=runs[0].config["eval.num_samples"]))
         ax.set_xlabel(f"RL steps (moving mean of {window})" if "rl/" in key else "RL steps")
         ax.xaxis.get_major_locator().set_params(integer=True)
         for label, same in groups.items():
@@ -274,40 +238,95 @@ def write_plot(groups: dict[str, list[Run]], file: Path) -> None:
                 draw_steps(ax, same, key, colors[label], window)
             elif key != "pass@k":
                 draw_evals(ax, same, key, colors[label])
-    for name, evals in final_evals(groups).items():
-        if name in colors:
-            draw_pass_at_k(axes["pass@k"], evals, colors[name])
-    for ax in axes.values():
+        for name, evals in final_evals(groups).items():
+            if key == "pass@k" and name in colors:
+                draw_pass_at_k(ax, evals, colors[name])
         ax.axhline(0, alpha=0)  # the margin above the data is one of the whole range
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.4)
-    handles = axes["avg"].get_legend_handles_labels()
+    handles = figure.axes[1].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(file, dpi=120)
+
+
+def shown_answer(t: dict, tokenizer: Tokenizer | None, limit: int) -> dict:
+    """A trajectory with the pieces, (probability in percent, text), of its first limit tokens."""
+    prompt_ids, ids, logps = (t.pop(key) for key in ("prompt_ids", "ids", "logps"))
+    t |= {"num_tokens": len(ids), "pieces": []}
+    if tokenizer is not None:
+        decode, start = functools.partial(tokenizer.decode, skip_special_tokens=False), 0
+        t["prompt"] = decode(prompt_ids)
+        for end in range(1, min(len(ids), limit) + 1):
+            text = decode(ids[max(start - 1, 0) : end])
+            if not text.endswith("\ufffd") or end - start == 4 or end == len(ids):  # whole letters
+                before = decode(ids[max(start - 1, 0) : start])
+                percent = min(round(100 * math.exp(sum(logps[start:end]))), 99)
+                t["pieces"].append((percent, text[len(before) :]))
+                start = end
+    return t
+
+
+def write_page(run: Run, rl_steps: list[int], file: Path) -> None:
+    """trajectories.html: the first groups of the RL steps given, or of steps spread over the run,
+    read in one pass. Raises UserError for a broken line."""
+    base = Path(run.config["model.path"]) / "tokenizer.json"
+    files = [f for f in (*run.path.glob("policies/*/tokenizer.json"), base) if f.exists()]
+    tokenizer = Tokenizer.from_file(str(files[0])) if files else None
+    G, steps = run.config["rl.samples_per_problem"], {}
+    records = [r for r in run.records["rl"] if r["rl_steps"] in rl_steps] or run.records["rl"]
+    for i in np.linspace(0, len(records) - 1, PAGE_STEPS).astype(int):
+        place = f'"iteration": {records[i]["iteration"]}, "step": {records[i]["step"]}'
+        steps[place.encode()] = {"record": records[i], "answers": []}
+    space = PAGE_TOKENS // len(steps)  # the frame of an answer counts as 20 tokens
+    num_answers = max(space // (run.config["sampling.max_new_tokens"] + 20) // G, 1) * G
+    limit = max(space // num_answers, 1)
+    for source in run.path.glob("trajectories/*.jsonl"):
+        for number, line in whole_lines(source):
+            try:
+                step = steps.get(PLACE.search(line)[0])
+                if step is not None and len(step["answers"]) < num_answers:
+                    step["answers"].append(shown_answer(json.loads(line), tokenizer, limit))
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{source}:{number}: not a trajectory: {error!r}") from None
+    text = render(PAGE, run=run, steps=steps.values(), G=G, limit=limit, tokenizer=tokenizer)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text, "utf-8", "replace")
+    temporary.replace(file)
+
+
+def render(name: str, **values) -> str:
+    """A file of templates/, filled in; in a page every value is escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    is_page = name.endswith(".html")
+    environment = jinja2.Environment(autoescape=is_page, loader=loader, trim_blocks=True)
+    return environment.get_template(f"{name}.jinja").render(values)
 
 
 def main(arguments: list[str]) -> int:
     """Print the tables, write report.md and the picture; returns the exit code."""
     parser = argparse.ArgumentParser(description="Tables and plots of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--steps", nargs="+", type=int, default=[], help="for the page: up to 10")
     parser.add_argument("--out", type=Path, help="where the files go (default: the first RUN_DIR)")
     options = parser.parse_args(arguments)
     out = options.out or options.runs[0]
     try:
         groups = load_groups(options.runs)
         runs = [run for same in groups.values() for run in same]
-        lines = [line for run in runs for line in run_section(run)]
-        if len(runs) > 1:
-            lines += summary_section(groups, runs[0].config["eval.num_samples"])
-        print("\n".join(lines))
+        text = render("report.md", runs=runs, **summary(groups))
+        print(text)
         out.mkdir(parents=True, exist_ok=True)
         if any(run.records["rl"] for run in runs):
             try:
                 write_plot(groups, out / PLOT)
-                lines.append(f"![learning curves]({PLOT})")
+                text += f"\n![learning curves]({PLOT})\n"
             except ImportError as error:
                 print(f"no learning curves: {error}; pip install matplotlib")
-        (out / "report.md").write_text("\n".join(["# Report", "", *lines, ""]), encoding="utf-8")
+        (out / "report.md").write_text(text, encoding="utf-8")
+        run = next(run for run in runs if run.path == options.runs[0])
+        if run.records["rl"] and (run.path / "trajectories").exists():
+            write_page(run, options.steps, out / PAGE)
+            print(out / PAGE)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

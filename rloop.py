@@ -4,7 +4,7 @@
     for each iteration i = 0, 1, 2 ...:                           run_rloop
         phi = theta_i                                             explore
         for each RL step of the phase:
-            sample G responses to each of N problems, score 0/1   sample_groups, respond
+            sample G responses to each of N problems, score them  sample_groups, respond
             drop groups whose rewards are all equal, refill       sample_groups
             A = (r - mean(r)) / std(r) within a group             group_advantages
             phi += clipped policy-gradient step                   update, grpo_loss
@@ -44,7 +44,7 @@ from packing import Packed, Row, micro_batches, token_logprobs
 from run import Run, Stopped, evaluation_line, filter_line, progress_bar, step_line
 from sampler import sample, sampling_copy
 from scale import parallel, plan, speed
-from verify import verify_many
+from verify import check_reward, verify_many
 
 STD_EPS = 1e-6  # keeps the advantages finite; GRPO
 LONG_STEP_S = 60.0  # a step that sampled for longer can also be stopped before its update
@@ -63,7 +63,7 @@ class Trajectory:
     finished: bool  # ended on a stop token
     response: str
     reason: str  # the verdict's
-    reward: float  # 0 or 1
+    reward: float  # from 0 to 1
 
 
 # ---- the outer loop
@@ -158,7 +158,7 @@ def seed_of(*path: int) -> int:
 
 
 def respond(model, tokenizer, problems, cfg, seed, place, *, num_samples, **options):
-    """Sample responses to the problems and score them 0/1. place: iteration and step. options: of
+    """Sample responses to the problems and score them. place: iteration and step. options: of
     sample. Returns trajectories [problem][sample] and the seconds of sampling and of verifying.
 
     Every process samples for its share of the problems; then all know all trajectories.
@@ -180,7 +180,7 @@ def respond(model, tokenizer, problems, cfg, seed, place, *, num_samples, **opti
         rows = []
         for n, completion, text, verdict in zip(owners, completions, texts, verdicts, strict=True):
             source = {"problem": mine[n].id, "prompt_ids": prompts[n]} | place
-            outcome = {"response": text, "reason": verdict.reason, "reward": float(verdict.correct)}
+            outcome = {"response": text, "reason": verdict.reason, "reward": verdict.reward}
             rows.append(Trajectory(**source, **vars(completion), **outcome))
         return rows, sampled - start, time.perf_counter() - sampled
 
@@ -424,10 +424,10 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def select_experts(
-    trajectories: Iterable[Trajectory], *, max_success_rate: float, max_per_problem: int
+    trajectories: Iterable, *, max_success_rate: float, max_per_problem: int, min_reward=1.0
 ) -> list[Trajectory]:
-    """Expert set E: the correct trajectories of problems whose success rate over the phase is in
-    (0, max_success_rate], exact duplicates removed.
+    """Expert set E: the successes (a reward of min_reward or more) on problems whose success rate
+    over the phase is in (0, max_success_rate], exact duplicates removed.
 
     Of a problem with more than max_per_problem, evenly spaced ones are kept in the order of steps,
     so that they come from the whole phase and not from its end. The result may be empty.
@@ -442,7 +442,7 @@ def select_experts(
     for trajectory in trajectories:
         num_attempts[trajectory.problem] += 1
         correct = correct_of.setdefault(trajectory.problem, [])
-        if trajectory.reward == 1:  # wrong trajectories are only counted
+        if trajectory.reward >= min_reward:  # the others are only counted
             correct.append(trajectory)
     experts = []
     for problem, correct in correct_of.items():
@@ -468,7 +468,7 @@ def filter_experts(run) -> list[Trajectory]:
     def trajectories() -> Iterator[Trajectory]:
         for record in run.lines(f"trajectories/{name}"):
             attempts[record["problem"]] += 1
-            successes[record["problem"]] += record["reward"] == 1
+            successes[record["problem"]] += record["reward"] >= run.cfg.select.min_reward
             yield Trajectory(**record)
 
     def select() -> tuple[list[Trajectory], dict]:
@@ -547,17 +547,16 @@ def bootstrap_interval(values_N: np.ndarray, seed: int = 0) -> tuple[float, floa
 def evaluate(run, policy, tokenizer, heldout, name: str) -> dict:
     """avg@k and pass@1, 2, 4 .. k on the held-out problems, from k samples each, and the shares of
     problems that an earlier evaluation solved but this one does not (forgotten) and that any
-    solved (union). name: "base", "rl" or "rft". Returns the record.
-
+    solved (union); a sample solves it with select.min_reward or more. name: "base", "rl" or "rft".
     Every evaluation uses the same random numbers, so policies are compared on equal terms.
     """
-    cfg, now, num_samples = run.cfg, run.progress, run.cfg.eval.num_samples
+    cfg, num_samples, least = run.cfg, run.cfg.eval.num_samples, run.cfg.select.min_reward
     model = sampling_copy(policy, cfg.compute.dtype, cfg.compute.compile)
-    place = {"iteration": now.iteration, "step": now.step}
+    place = {"iteration": run.progress.iteration, "step": run.progress.step}
     seed = seed_of(cfg.seed, 0, 0, 0)  # RL steps count from 1, so no step has this seed
     options = {key: value for key, value in vars(cfg.eval).items() if key != "every"}
     groups, _ = respond(model, tokenizer, heldout, cfg, seed, place, **options)
-    counts = {p.id: sum(t.reward == 1 for t in g) for p, g in zip(heldout, groups, strict=True)}
+    counts = {p.id: sum(t.reward >= least for t in g) for p, g in zip(heldout, groups, strict=True)}
     ks = sorted({2**e for e in range(num_samples.bit_length())} | {num_samples})
     values = {f"avg@{num_samples}": [c / num_samples for c in counts.values()]}
     values |= {f"pass@{k}": [pass_at_k(num_samples, c, k) for c in counts.values()] for k in ks}
@@ -574,7 +573,7 @@ def evaluate(run, policy, tokenizer, heldout, name: str) -> dict:
     record |= {"eval/num_problems": len(heldout), "eval/num_samples": num_samples}
     evaluation = {"policy": name, "rl_steps": run.rl_steps, "num_correct": counts}
     run.append("evaluations.jsonl", [evaluation])
-    run.commit(record, evaluation_line(record, run.rl_steps))
+    run.commit(record, evaluation_line(record, run.rl_steps, groups, least))
     return record
 
 
@@ -613,6 +612,7 @@ def run_method(cfg: Config) -> None:
         return
     tokenizer = Tokenizer(cfg.model.path, chat=cfg.data.chat_template)
     problems, heldout = load_data(cfg, tokenizer)
+    check_reward(heldout)
     policy = load_policy(cfg)
     if run.checkpoint is None:
         evaluate(run, policy, tokenizer, heldout, "base")

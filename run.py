@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -71,6 +72,9 @@ class Run:
             print(f"{self.path} is finished; this is its result. A new run needs another --run_dir")
         elif self.checkpoint is not None:
             print(f"{self.path}: continuing after RL step {self.rl_steps}")
+        self._tensorboard = self._wandb = None
+        if not self.progress.finished:
+            parallel.on_main(self._open_logs)
 
     def _open(self) -> tuple[Progress, Path | None]:
         """Lock the directory, compare its config with ours, and truncate the line files to their
@@ -86,10 +90,12 @@ class Run:
         stored = read_json(config_file)
         if "run_dir" not in stored and (stored or self._line_files()):
             raise UserError(f"{self.path} holds files of no run. Choose another --run_dir")
-        files = [name for name in (self.cfg.data.train, self.cfg.data.eval) if Path(name).is_file()]
+        data, module = self.cfg.data, self.cfg.data.reward.partition(":")[0]
+        names = (data.train, data.eval, f"{module.replace('.', '/')}.py")
+        files = [name for name in names if Path(name).is_file()]
         hashes = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
         config = dataclasses.asdict(self.cfg) | {"sha256": hashes}
-        keys = differing_keys(stored, config)
+        keys = [key for key in differing_keys(stored, config) if key != "logging"]
         if checkpoints and keys:
             raise UserError(
                 f"{self.path} holds a run of another config or other data files; differing keys: "
@@ -104,6 +110,26 @@ class Run:
         for file in self._line_files():
             os.truncate(file, sizes.get(str(file.relative_to(self.path)), 0))
         return progress, checkpoint
+
+    def _open_logs(self) -> None:
+        """Open what cfg.logging names. Raises UserError for a missing package."""
+        try:
+            if "tensorboard" in self.cfg.logging:
+                from torch.utils.tensorboard import SummaryWriter
+
+                shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+                self._tensorboard = SummaryWriter(self.path / "tensorboard")
+                for record in self.lines("metrics.jsonl"):  # anew, so that no step is there twice
+                    self._log(record)
+            if "wandb" in self.cfg.logging:
+                import wandb
+
+                id_ = next((d.name.split("-")[-1] for d in self.path.glob("wandb/*run-*-*")), None)
+                options = {"dir": self.path, "id": id_, "resume": "allow"}
+                self._wandb = wandb.init(project="rloop", name=self.path.name, **options)
+                self._wandb.define_metric("*", step_metric="step")
+        except ImportError as error:
+            raise UserError(f"logging: {error}; pip install {' '.join(self.cfg.logging)}") from None
 
     # ---- what a run writes along the way
 
@@ -127,10 +153,24 @@ class Run:
         if trajectories:
             self.append(f"trajectories/iteration_{iteration + 1}.jsonl", trajectories)
         place = {"iteration": iteration, "rl_steps": self.rl_steps, "num_trajectories": total}
-        seconds = round(time.perf_counter() - self._start, 3)
-        self.append("metrics.jsonl", [record | place | {"time/total_s": seconds}])
+        record = record | place | {"time/total_s": round(time.perf_counter() - self._start, 3)}
+        self.append("metrics.jsonl", [record])
+        self._log(record)
         if line is not None:
             tqdm.write(line)
+
+    def _log(self, record: dict) -> None:
+        """Send the measures of a record to TensorBoard and W&B, where they are open. Every policy
+        that is evaluated and every fine-tuning has its own curves; x is the RL or the RFT step."""
+        x = record["step" if record["phase"] == "rft" else "rl_steps"]
+        curves = {"eval": f"/{record.get('policy')}", "rft": f"/{record['iteration'] + 1}"}
+        end = curves.get(record["phase"], "")
+        values = {k + end: v for k, v in record.items() if "/" in k and not isinstance(v, str)}
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, x)
+        if self._wandb is not None:
+            self._wandb.log(values | {"step": x})
 
     def append(self, name: str, records: list[dict]) -> None:
         """Append records to a .jsonl file of the run directory."""
@@ -323,11 +363,25 @@ def filter_line(r: dict, iteration: int) -> str:
     return line
 
 
-def evaluation_line(r: dict, rl_steps: int) -> str:
+def evaluation_line(r: dict, rl_steps: int, groups: list[list], min_reward: float) -> str:
+    """The console line of an evaluation's record, with its first right and first wrong response."""
     line = f"eval {r['policy']:<4} after {rl_steps} RL steps:"
     for key in (f"avg@{r['eval/num_samples']}", f"pass@{r['eval/num_samples']}"):
         line += f"  {key} {r[f'eval/{key}']:.4f}"
-    return line + truncation_warning(r["eval/truncated_share"])
+    line += truncation_warning(r["eval/truncated_share"])
+    for name, is_right in (("right", True), ("wrong", False)):
+        for t in [t for group in groups for t in group if (t.reward >= min_reward) == is_right][:1]:
+            line += f"\n  {name}  {quoted(t.problem, 40)}: {quoted(t.response, 100)}"
+            line += "" if t.finished else ", truncated"
+    return line
+
+
+def quoted(text: str, width: int) -> str:
+    """Foreign text in quotes, shortened in the middle, its control characters escaped."""
+    if len(text) > width:
+        text = f"{text[: width // 2]} ... {text[-width // 2 :]}"
+    encoding = sys.stdout.encoding or "ascii"
+    return repr(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def progress_bar(steps: range, name: str) -> Iterator[int]:

@@ -648,19 +648,14 @@ class _Parser:
                 is_known = name in UNITS.values()
                 is_plural = len(word) > 3 and word.endswith("s") and not _FRACTION.fullmatch(word)
                 changes |= word in _CHANGING
-                powers[name] = powers.get(name, 0) + self.unit_power() * ahead * sign
+                exponent = self.exponent() if self.accept("^") else integer(1)
+                if exponent[0] != "num" or exponent[1] not in range(-9, 10):
+                    raise NotMath("not a unit's power")
+                powers[name] = powers.get(name, 0) + int(exponent[1]) * ahead * sign
                 ahead = 1
         if ahead > 1 or changes or name and not (is_known or is_plural):
             powers["?"] = 1  # may be no unit: the number without it is another answer
         return tuple(sorted((power, name) for name, power in powers.items() if power))
-
-    def unit_power(self) -> int:
-        if not self.accept("^"):
-            return 1
-        exponent = self.exponent()
-        if exponent[0] != "num" or exponent[1] not in range(-9, 10):
-            raise NotMath("not a unit's power")
-        return int(exponent[1])
 
 
 def product(factors: list[tuple]) -> tuple:

@@ -10,12 +10,10 @@ from answers.workers import ask_worker
 def judge(gold: str, answer: str, tolerance: float = 0.0, timeout_s: float = 5.0) -> str:
     """The verdict's reason: "correct", "wrong", "unparsable" or "timeout"."""
     reason = compare(gold, answer, tolerance)
-    return ask_sympy(gold, answer, timeout_s) if reason == "undecided" else reason
-
-
-def ask_sympy(gold: str, answer: str, timeout_s: float) -> str:
-    """What compare_with_sympy says in a worker process, or "timeout"."""
-    return ask_worker("compare_with_sympy", [gold, answer], timeout_s) or "timeout"
+    if reason != "undecided":
+        return reason
+    function = "answers.symbolic:compare_with_sympy"
+    return ask_worker(function, [gold, answer], timeout_s, "sympy") or "timeout"
 
 
 def compare_with_sympy(gold: str, answer: str) -> str:

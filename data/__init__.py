@@ -1,7 +1,8 @@
 """Problems and demonstrations: what the policy is asked, and which verifier judges the answer."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -18,38 +19,40 @@ GYM_GENERATION_S = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One question. kind names the verifier and the fields that it reads: "countdown" (numbers,
-    target), "math" (answer, tolerance) or "gym" (task, entry)."""
+    """One question. kind names its judge: "countdown" (numbers, target), "math" (answer,
+    tolerance), or a reward function by its import path "module:function"."""
 
     id: str
     prompt: str  # the question, without the prompt template
-    answer: str
+    answer: str  # "" if it is not readable and a reward function judges
     kind: str
     numbers: tuple[int, ...] = ()
     target: int = 0
     tolerance: float = 0.0  # absolute
-    task: str = ""  # of reasoning-gym, with its options
-    entry: tuple[int, ...] = ()  # seed and index in the task's data set
+    fields: Mapping[str, object] = field(default_factory=dict, hash=False)  # the whole record
     context: tuple[tuple[str, str], ...] = ()  # (role, content) of the messages before the question
 
 
-def load_problems(source: str, *, size: int = 0, seed: int = 0) -> list[Problem]:
+def load_problems(source: str, *, size: int = 0, seed: int = 0, reward: str = "") -> list[Problem]:
     """Problems of a source, each question once, the same for the same arguments.
 
     source: "countdown:train", "countdown:heldout" or "countdown:search", with options as in
     "countdown:train?numbers=4&max=20" (defaults 3 and 20); "reasoning_gym:TASK" or
     "reasoning_gym:TASK:heldout", with the task's own options; or a .jsonl, .json, .csv or .parquet
     file. Generated splits share no question. size: how many, drawn by seed; 0 = the whole file.
-    Prints how many repeated and contradicting questions it leaves out. Raises UserError for a bad
-    source or size, a broken record, or an unreadable gold answer.
+    reward: import path of the function that judges instead of the source's own judge; then no gold
+    answer is needed. Prints how many repeated and contradicting questions it leaves out. Raises
+    UserError for a bad source or size, a broken record, or an unreadable gold answer.
     """
     if source.startswith("countdown:"):
         split, options = _countdown_source(source, size)
         games = countdown.generate_games(split, size=size, seed=seed, **options)
-        return [_countdown_problem(numbers, target) for numbers, target in games]
-    if source.startswith("reasoning_gym:"):
-        return _gym_problems(source, size, seed)
-    return _subset(_file_problems(source), size, seed, source)
+        problems = [_countdown_problem(numbers, target, {}) for numbers, target in games]
+    elif source.startswith("reasoning_gym:"):
+        problems = _gym_problems(source, size, seed)
+    else:
+        problems = _subset(_file_problems(source, reward), size, seed, source)
+    return [replace(problem, kind=reward or problem.kind) for problem in problems]
 
 
 def load_demonstrations(source: str, *, size: int = 0, seed: int = 0) -> list[tuple[str, str]]:
@@ -77,9 +80,10 @@ def load_data(cfg: Config, tokenizer=None) -> tuple[list[Problem], list[Problem]
     Raises UserError as load_problems does, for a held-out question among the training questions,
     and for a question that the tokenizer or its chat template does not take.
     """
-    train, heldout = [], load_problems(cfg.data.eval, size=cfg.data.eval_size, seed=0)
+    data, train = cfg.data, []
+    heldout = load_problems(data.eval, size=data.eval_size, seed=0, reward=data.reward)
     if cfg.method not in ("eval", "sft"):
-        train = load_problems(cfg.data.train, size=cfg.data.train_size, seed=cfg.seed)
+        train = load_problems(data.train, size=data.train_size, seed=cfg.seed, reward=data.reward)
     trained = {question_key(problem) for problem in train}
     shared = [problem for problem in heldout if question_key(problem) in trained]
     if shared:
@@ -88,7 +92,7 @@ def load_data(cfg: Config, tokenizer=None) -> tuple[list[Problem], list[Problem]
         raise UserError(f"{count} are also in data.train, the first is {first}")
     for problem in train + heldout if tokenizer is not None else []:
         try:
-            tokenizer.encode_prompt(problem.prompt, cfg.data, problem.context)
+            tokenizer.encode_prompt(problem.prompt, data, problem.context)
         except UserError as error:
             raise UserError(f"problem {problem.id!r}: {error}") from None
     return train, heldout
@@ -106,7 +110,7 @@ def next_problems(problems: list[Problem], drawn: int, count: int, seed: int) ->
 def question_key(problem: Problem) -> str:
     """Equal for equal questions: the whole conversation with its white space folded; of Countdown
     the numbers in any order and the target."""
-    if problem.kind == "countdown":
+    if problem.numbers:
         return f"countdown:{sorted(problem.numbers)}->{problem.target}"
     texts = [text for message in problem.context for text in message] + [problem.prompt]
     return "\n".join(" ".join(text.split()) for text in texts)
@@ -132,10 +136,10 @@ def _countdown_source(source: str, size: int) -> tuple[str, dict[str, int]]:
     return name, {"num_numbers": int(options["numbers"]), "max_number": int(options["max"])}
 
 
-def _countdown_problem(numbers: tuple[int, ...], target: int) -> Problem:
+def _countdown_problem(numbers: tuple[int, ...], target: int, record: dict) -> Problem:
     id_ = f"countdown:{','.join(map(str, numbers))}->{target}"
     text = countdown.question(numbers, target)
-    game = {"kind": "countdown", "numbers": numbers, "target": target}
+    game = {"kind": "countdown", "numbers": numbers, "target": target, "fields": record}
     return Problem(id=id_, prompt=text, answer=str(target), **game)
 
 
@@ -145,20 +149,14 @@ def _gym_problems(source: str, size: int, seed: int) -> list[Problem]:
     if split not in ("", "heldout"):
         raise UserError(f"data source {source!r}: expected reasoning_gym:TASK[:heldout][?options]")
     task = f"{name}?{options}" if options else name
-    try:
-        entries = ask_worker("entries", [task, size, seed, split or "train"], GYM_GENERATION_S)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    arguments, package = [task, size, seed, split or "train"], "reasoning_gym"
+    entries = ask_worker("data.gym:entries", arguments, GYM_GENERATION_S, package)
     if entries is None:
         raise UserError(f"data source {source!r}: took longer than {GYM_GENERATION_S:.0f} s")
-    gym = {"kind": "gym", "task": task}
-    return [
-        Problem(id=f"{name}:{seed}:{i}", prompt=text, answer=answer, entry=(seed, i), **gym)
-        for i, text, answer in entries
-    ]
+    return [Problem(**entry) for entry in entries]
 
 
-def _file_problems(source: str) -> list[Problem]:
+def _file_problems(source: str, reward: str) -> list[Problem]:
     """Each question of a file once, but none whose answers contradict each other."""
     problems: dict[str, Problem] = {}  # by question_key
     key_of_id: dict[str, str] = {}
@@ -166,9 +164,10 @@ def _file_problems(source: str) -> list[Problem]:
     unreadable, num_records = [], 0
     for record, where in files.read_records(source):
         num_records += 1
-        problem = _problem(record, where)
+        problem = _problem(record, where, reward)
         try:
-            check_gold(problem.answer)
+            if not reward:
+                check_gold(problem.answer)
         except ValueError as error:
             unreadable.append(f"\n  {where}: {error}")
             continue
@@ -176,7 +175,7 @@ def _file_problems(source: str) -> list[Problem]:
         first = problems.setdefault(key, problem)
         if key_of_id.setdefault(first.id, key) != key:
             raise UserError(f"{where}: id {first.id!r} belongs to an earlier, different question")
-        equal = first.answer == problem.answer
+        equal = reward or first.answer == problem.answer
         if not (equal or judge(first.answer, problem.answer) == "correct"):
             contradicted[key] = where
     if unreadable:
@@ -193,7 +192,7 @@ def _file_problems(source: str) -> list[Problem]:
     return [problem for key, problem in problems.items() if key not in contradicted]
 
 
-def _problem(record: dict, where: str) -> Problem:
+def _problem(record: dict, where: str, reward: str) -> Problem:
     if "nums" in record and "target" in record:  # Countdown-Tasks-3to4
         nums, target = record["nums"], record["target"]
         try:
@@ -201,16 +200,20 @@ def _problem(record: dict, where: str) -> Problem:
             if not (isinstance(nums, list) and nums):
                 raise ValueError
             *numbers, target = [int(files.text_of({"": n}, ("",), where)) for n in [*nums, target]]
-            return _countdown_problem(tuple(numbers), target)
+            return _countdown_problem(tuple(numbers), target, record)
         except (ValueError, RecursionError):
             wanted = "a list of integers, and target an integer"
             raise files.field_error(where, "nums", wanted, (nums, target)) from None
     prompt, context = files.question(record, where)
-    answer, tolerance = files.gold_answer(record, where)
+    try:
+        answer, tolerance = files.gold_answer(record, where)
+    except UserError:
+        if not reward:
+            raise
+        answer, tolerance = "", 0.0
     id_ = files.text_of(record | {"place": Path(where).name}, (*files.IDS, "place"), where)
-    return Problem(
-        id=id_, prompt=prompt, context=context, answer=answer, tolerance=tolerance, kind="math"
-    )
+    question = {"id": id_, "prompt": prompt, "context": context, "fields": record}
+    return Problem(answer=answer, tolerance=tolerance, kind="math", **question)
 
 
 def _subset(items: list, size: int, seed: int, source: str) -> list:

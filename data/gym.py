@@ -1,4 +1,4 @@
-"""Tasks of the reasoning-gym package, judged by its own scorers.
+"""Tasks of the reasoning-gym package: questions, and a reward by the task's own scorer.
 
 The package's code is not ours, so this module runs in the worker processes of answers/workers.py,
 with limits of time and memory. A task is "NAME" or "NAME?option=value&option=value", with the
@@ -13,45 +13,56 @@ import sys
 from functools import lru_cache
 from urllib.parse import parse_qsl
 
+from answers.extract import extract_answer, extract_boxed, extract_tagged
+from config import UserError
+
+try:
+    import reasoning_gym
+except ImportError:
+    raise UserError("reasoning-gym is not installed: pip install reasoning-gym") from None
+
 SPLITS = {"train": range(2, 10), "heldout": range(2)}  # tenths of all questions
 SIZE = 20_000  # entries that a seed may look at; entry i of a seed has the seed seed * SIZE + i
 
 
-def entries(task: str, size: int, seed: int, split: str) -> list[tuple[int, str, str]]:
-    """(index, question, answer) of size different entries of a split, drawn by seed.
+def entries(task: str, size: int, seed: int, split: str) -> list[dict]:
+    """The arguments of Problem for size different entries of a split, drawn by seed.
 
-    The splits share no question, for any seeds. Raises ValueError for an unknown task or option,
+    The splits share no question, for any seeds. Raises UserError for an unknown task or option,
     and for a task with too few different questions.
     """
-    found: dict[str, tuple[int, str, str]] = {}
+    found: dict[str, dict] = {}
     for index in range(SIZE):
         entry = _entry(task, seed, index)
         question = entry["question"]
         if hashlib.sha256(question.encode()).digest()[0] % 10 in SPLITS[split]:
-            found.setdefault(question, (index, question, str(entry["answer"])))
+            fields = {"task": task, "seed": seed, "index": index}
+            problem = {"id": f"{task.partition('?')[0]}:{seed}:{index}", "fields": fields}
+            problem |= {"prompt": question, "answer": str(entry["answer"])}
+            found.setdefault(question, problem | {"kind": "data.gym:reward"})
             if len(found) == size:
                 return list(found.values())
     count = f"{len(found)} different {split} questions among {SIZE} entries"
-    raise ValueError(f"reasoning_gym:{task}: {count}, {size} wanted")
+    raise UserError(f"reasoning_gym:{task}: {count}, {size} wanted")
 
 
-def score(task: str, seed: int, index: int, answers: list[str]) -> float:
-    """The best score that the task's own scorer gives to one of the answers; 1.0 is right."""
+def reward(problem, response: str) -> bool:
+    """Whether the task's own scorer gives 1.0 to the marked answer; without a mark, to the whole
+    response or to the answer that is found in it. Less is a wrong answer that could be gamed."""
     global _judged
+    task, seed, index = (problem.fields[name] for name in ("task", "seed", "index"))
     dataset, entry, scores = _dataset(task, seed), _entry(task, seed, index), [0.0]
+    marked = extract_tagged(response) or extract_boxed(response)
+    answers = {marked} if marked else {response.strip(), extract_answer(response)} - {None, ""}
     for _judged in answers:
         with contextlib.suppress(Exception):  # a scorer that fails has not found the answer right
             scores.append(float(dataset.score_answer(_judged, entry)))
     _judged = ""
-    return max(scores)
+    return max(scores) == 1.0
 
 
 @lru_cache(maxsize=64)
 def _dataset(task: str, seed: int):
-    try:
-        import reasoning_gym
-    except ImportError:
-        raise ValueError("reasoning-gym is not installed: pip install reasoning-gym") from None
     name, _, query = task.partition("?")
     options = {"size": SIZE}
     try:
@@ -61,7 +72,7 @@ def _dataset(task: str, seed: int):
                 options[key] = json.loads(text)
         return reasoning_gym.create_dataset(name, **options, seed=seed * SIZE)
     except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"reasoning_gym:{task}: {error}") from None
+        raise UserError(f"reasoning_gym:{task}: {error}") from None
 
 
 @lru_cache(maxsize=4096)

@@ -68,6 +68,8 @@ def test_integer_for_a_float_is_fine(countdown_toml):
         (["--seed", "-1"], "seed = -1"),
         (["--data.prompt", "hello"], "data.prompt = 'hello': must contain {problem}"),
         (["--compute.dtype", "float16"], "must be one of ('float32', 'bfloat16')"),
+        (["--logging", '["tensorbord"]'], "must be among ('tensorboard', 'wandb')"),
+        (["--logging", "wandb"], "logging = 'wandb': expected list"),
         (["--rl.importance_cap", "2"], "needs rl.recompute_logprobs = true"),
     ],
 )

@@ -1,12 +1,17 @@
-"""report.py: its numbers against ones computed by hand, its groups, its picture."""
+"""report.py: its numbers against ones computed by hand, its groups, its picture, its page."""
 
 import ast
+import functools
+import html.parser
 import json
+import math
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 import report
 
@@ -77,8 +82,8 @@ def run_report(capsys, *arguments):
 def tables(*folders):
     """The text that the command prints, without drawing."""
     groups = report.load_groups(folders)
-    lines = [line for runs in groups.values() for run in runs for line in report.run_section(run)]
-    return "\n".join([*lines, *report.summary_section(groups, K=4)])
+    runs = [run for same in groups.values() for run in same]
+    return report.render("report.md", runs=runs, K=4, **report.summary(groups))
 
 
 def rows_of(text, name):
@@ -93,36 +98,33 @@ def test_table_of_one_run_by_hand(tmp_path, capsys):
     code, text, _ = run_report(capsys, rloop_run(tmp_path / "a"))
     assert code == 0
     for name, row in (
-        ("base", "0.100 [0.050, 0.150] 0.500 [0.450, 0.550] 0 0 0:03"),
-        ("RFT 1", "0.290 [0.240, 0.340] 0.700 [0.650, 0.750] 12 192 1234 2:05"),
-        ("RL phase 2", "0.220 [0.170, 0.270] 0.600 [0.550, 0.650] 24 384 1:01"),
-        ("RFT 2", "0.300 [0.250, 0.350] 0.700 [0.650, 0.750] 24 384 1235 2:06"),
+        ("base", "0.100 [0.050, 0.150] 0.500 [0.450, 0.550] 0.000 0 0 0:03"),
+        ("RFT 1", "0.290 [0.240, 0.340] 0.700 [0.650, 0.750] 0.120 12 192 1234 2:05"),
+        ("RL phase 2", "0.175 0.220 [0.170, 0.270] 0.600 [0.550, 0.650] 0.240 24 384 1:01"),
+        ("RFT 2", "0.300 [0.250, 0.350] 0.700 [0.650, 0.750] 0.240 24 384 1235 2:06"),
     ):
         assert [" ".join(cells).split() for cells in rows_of(text, name)] == [row.split()]
     assert "unfinished" not in text and "Summary" not in text
     assert (tmp_path / "a" / "report.md").read_text().count("| RFT 2") == 1
 
 
-def test_gap_and_forgetting_by_hand(tmp_path):
+def test_training_reward_by_hand(tmp_path):
     """Would average the reward over another window or phase, or pair it with a policy that did not
     earn it."""
-    text = tables(rloop_run(tmp_path / "a"))  # steps 3..12 of phase 2: 0.13 .. 0.22, mean 0.175
-    assert "Over-fitting gap at RL step 24: training reward 0.175 (mean of the last 10" in text
-    assert "- held-out avg 0.220 = -0.045" in text
+    text = tables(rloop_run(tmp_path / "a"))  # steps 3..12: 0.03 .. 0.12, then 0.13 .. 0.22
+    assert [rows_of(text, f"RL phase {n}")[0][0] for n in (1, 2)] == ["0.075", "0.175"]
+    assert [rows_of(text, name)[0][0] for name in ("base", "RFT 1", "RFT 2")] == ["", "", ""]
     text = tables(plain_run(tmp_path / "b"))  # steps 15..24: 0.30 .. 0.48, mean 0.39
-    assert "training reward 0.390 (mean of the last 10 steps) - held-out avg 0.200 = 0.190" in text
-    assert "Forgetting: 0.240 of the held-out problems were solved at an earlier" in text
-    assert "all evaluations together solve 0.800" in text
+    assert rows_of(text, "plain RL")[0][0] == "0.390"
 
 
-def test_gap_of_a_short_and_unfinished_phase(tmp_path):
+def test_training_reward_of_a_short_and_unfinished_phase(tmp_path):
     """Would count rewards of the phase before, or of steps after the policy that was evaluated."""
     records = [rl_step(n, 0.9) for n in range(1, 13)]
     records += [rl_step(n, 0.2, iteration=1) for n in (13, 14)]
     records += [evaluation("rl", 0.1, 0.5, iteration=1, rl_steps=14), rl_step(15, 0.8, iteration=1)]
     text = tables(write_run(tmp_path / "a", "rloop", records))
-    assert "gap at RL step 14: training reward 0.200 (mean of the last 2 steps) - held" in text
-    assert "avg 0.100 = 0.100" in text
+    assert rows_of(text, "RL phase 2")[0][:2] == ["0.200", "0.100 [0.050, 0.150]"]
 
 
 def test_summary_by_hand(tmp_path):
@@ -219,7 +221,8 @@ def test_unfinished_run_is_shown_and_not_averaged(tmp_path, capsys):
         rl_step(1, 0.1),
         evaluation("rl", 0.2, 0.5, rl_steps=1),
     ]
-    assert "vs RL" not in tables(half, write_run(tmp_path / "mid", "rl", records))
+    text = tables(half, write_run(tmp_path / "mid", "rl", records))
+    assert "vs RL:" not in text and rows_of(text, "RLoop, unfinished")[0][4::2] == ["", ""]
     empty = [write_run(tmp_path / f"empty{s}", "rl", [], seed=s) for s in (0, 1)]
     code, text, _ = run_report(capsys, *empty)
     assert code == 0 and text.count("No evaluation yet") == 3
@@ -263,15 +266,15 @@ def test_directory_that_is_no_run_is_one_line_and_exit_code_2(tmp_path):
     other = write_run(tmp_path / "other", "rl", [])
     (other / "config.json").write_text('{"method": "rl", "seed": 0}')
     for name, told in (
-        ("nowhere", ": has no config.json"),
-        ("not_a_run", ": has no config.json"),
-        ("no_metrics", ": has no metrics.jsonl"),
-        ("other", "/config.json: not a run's config: KeyError('eval.num_samples')"),
+        ("nowhere", "/config.json: not the config of a run"),
+        ("not_a_run", "/config.json: not the config of a run"),
+        ("no_metrics", "/metrics.jsonl"),
+        ("other", "/config.json: not the config of a run"),
     ):
         command = [sys.executable, REPORT, tmp_path / name]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith(f"error: {tmp_path / name}{told}")
+        assert done.stderr.startswith("error: ") and f"{tmp_path / name}{told}" in done.stderr
         assert done.stderr.count("\n") == 1
 
 
@@ -343,6 +346,204 @@ def test_curves_by_hand(tmp_path):
     # phase 1: steps 1, 3 of seed 0 are 2, 4, smoothed 3, 3; steps 1-3 of seed 1 are 2.5, 3, 3.5
     # phase 2: steps 4-6 of seed 0 are 3.25, 3.5, 3.75; steps 5-7 of seed 1 are 3.75, 4, 4.25
     assert lines == [[(1, 2.75), (3, 3.25)], [(5, 3.625), (6, 3.875)]]
+
+
+# ---- the page
+
+
+G = 4
+HOSTILE = "</script><script>x()</script> \"'><img src=x onerror=x()> </pre> {{ 7 }} "
+HOSTILE += "\x00\u202e\x1b[0m π\n"
+
+
+@functools.cache
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """One token a byte: ids 0..255 are not the bytes themselves, but encode and decode agree."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, [])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+def trajectory(step, n, g, *, iteration=0, response="6 * 7", **changes):
+    """Sample g of problem n of a step. Every token has probability 0.5."""
+    ids = byte_tokenizer().encode(response).ids
+    record = {"problem": f"p{n}", "iteration": iteration, "step": step}
+    record |= {"prompt_ids": byte_tokenizer().encode(f"Question {n}").ids, "ids": ids}
+    record |= {"logps": [math.log(0.5)] * len(ids), "finished": g != 3, "response": response}
+    return record | {"reason": "correct" if g == 0 else "wrong", "reward": float(g == 0)} | changes
+
+
+def run_with_trajectories(folder, num_steps, num_problems=3, *, max_new_tokens=50, **changes):
+    """Two iterations of so many RL steps."""
+    sections = {"sampling": {"max_new_tokens": max_new_tokens}, "model": {"path": "nowhere"}}
+    sections["rl"] = {"lr": 1e-4, "steps": num_steps, "samples_per_problem": G}
+    at = [divmod(n, num_steps) for n in range(2 * num_steps)]
+    records = [rl_step(n, 0.1, iteration=i) | {"step": s + 1} for n, (i, s) in enumerate(at, 1)]
+    write_run(folder, "rloop", records, **sections)
+    for name in ("trajectories", "policies/rl_1"):
+        (folder / name).mkdir(parents=True)
+    byte_tokenizer().save(str(folder / "policies/rl_1/tokenizer.json"))
+    for i in (0, 1):
+        with (folder / f"trajectories/iteration_{i + 1}.jsonl").open("w") as stream:
+            for step in range(1, num_steps + 1):
+                for n in range(num_problems):
+                    for g in range(G):
+                        record = trajectory(step, n, g, iteration=i, **changes)
+                        stream.write(json.dumps(record) + "\n")
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser makes of the page: h2, h3, figure and script elements with their text, and the
+    probability and text of every token of a figure."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.found = {"h2": [], "h3": [], "figure": [], "script": [], "title": []}
+        self.open, self.tags, self.pieces = [], set(), []
+        self.text = (folder / report.PAGE).read_text(encoding="utf-8")
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.open += [tag]
+        if tag == "figure":
+            self.pieces.append([])
+        if tag in self.found:
+            self.found[tag].append([dict(attrs), ""])
+        if tag == "i" and "figure" in self.open:
+            self.pieces[-1].append([dict(attrs)["data-p"], ""])
+
+    def handle_endtag(self, tag):
+        while self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        for tag in set(self.open) & self.found.keys():
+            self.found[tag][-1][1] += data
+        if "i" in self.open and "figure" in self.open:
+            self.pieces[-1][-1][1] += data
+
+    def texts(self, tag):
+        return [" ".join(text.split()) for _, text in self.found[tag]]
+
+
+def page_of(capsys, folder, *arguments):
+    code, text, err = run_report(capsys, folder, *arguments)
+    assert code == 0, err
+    assert str(folder / report.PAGE) in text.splitlines()
+    return Page(folder)
+
+
+def test_page_shows_groups_by_step_and_problem(tmp_path, capsys):
+    """Would show other steps than it says, tear a group apart, or hide why an answer has its
+    reward, and that it was cut off."""
+    page = page_of(capsys, run_with_trajectories(tmp_path / "a", 30))
+    steps = [1, 7, 14, 20, 27, 33, 40, 46, 53, 60]  # ten of 60, the first and the last
+    assert [int(text.split()[2]) for text in page.texts("h2")] == steps
+    assert page.texts("h2")[5] == "RL step 33 iteration 2, mean reward 0.100"
+    assert page.texts("h3") == ["p0", "p1", "p2"] * 10
+    assert len(page.found["figure"]) == 10 * 3 * G
+    group = page.texts("figure")[:G]
+    assert group[0] == "1 correct · 5 tokens, finished 6 * 7"
+    assert group[1] == group[2] == "0 wrong · 5 tokens, finished 6 * 7"
+    assert group[3] == "0 wrong · 5 tokens, cut off 6 * 7"
+    attributes = [attrs for attrs, _ in page.found["figure"][:G]]
+    assert [a["data-reward"] for a in attributes] == ["right", "wrong", "wrong", "wrong"]
+    assert [a["data-end"] for a in attributes] == ["finished"] * 3 + ["cut"]
+
+
+def test_page_of_chosen_steps(tmp_path, capsys):
+    """Would ignore --steps, count them within their iteration, or leave problems out for want of
+    space where there is enough."""
+    run = run_with_trajectories(tmp_path / "a", 20, num_problems=40, max_new_tokens=80)
+    page = page_of(capsys, run, "--steps", 3, 24)
+    assert [text.split(",")[0] for text in page.texts("h2")] == [
+        "RL step 3 iteration 1",
+        "RL step 24 iteration 2",
+    ]
+    assert page.texts("h3") == [f"p{n}" for n in range(40)] * 2
+
+
+def test_page_escapes_what_it_shows(tmp_path, capsys):
+    """Would let a response, a problem id or a reason break out of its element and run a script."""
+    run = run_with_trajectories(tmp_path / "a", 1, 1, response=HOSTILE, problem=HOSTILE)
+    lines = [json.loads(line) for line in (run / "trajectories/iteration_1.jsonl").open()]
+    prompt = byte_tokenizer().encode(HOSTILE).ids
+    changed = [line | {"reason": HOSTILE, "prompt_ids": prompt} for line in lines]
+    text = "".join(json.dumps(line) + "\n" for line in changed)
+    (run / "trajectories/iteration_1.jsonl").write_text(text)
+    page = page_of(capsys, run)
+    for tokenizer in (True, False):
+        assert page.tags.isdisjoint({"img", "link", "iframe"}) and len(page.found["script"]) == 1
+        assert "x()" not in page.texts("script")[0]
+        assert HOSTILE.replace("\x00", "") in page.found["figure"][0][1].replace("\x00", "")
+        assert page.texts("h3")[0].startswith("</script><script>x()</script> \"'><img")
+        assert "http" not in page.text.replace("http-equiv", "")
+        (run / "policies/rl_1/tokenizer.json").unlink(missing_ok=True)
+        page = page_of(capsys, run) if tokenizer else None
+
+
+def test_page_colours_tokens_by_probability(tmp_path, capsys):
+    """Would give a token the colour of its neighbour, show half a character, or change the text.
+    π has two bytes, so its probability is 0.25 of two tokens of 0.5."""
+    run = run_with_trajectories(tmp_path / "a", 1, 1, response="aπ b")
+    page = page_of(capsys, run)
+    assert page.pieces[0] == [["50", "a"], ["25", "π"], ["50", " "], ["50", "b"]]
+    file = run / "trajectories/iteration_1.jsonl"
+    whole = file.read_text()
+    broken = byte_tokenizer().encode("π").ids[:1] * 6  # half letters, as a bad policy writes them
+    line = json.dumps(trajectory(1, 0, 0, ids=broken, logps=[math.log(0.5)] * 6))
+    file.write_text(f"{line}\n")
+    page = page_of(capsys, run)
+    assert page.pieces[0] == [["06", "\ufffd" * 4], ["25", "\ufffd" * 2]]
+    file.write_text(whole)
+    (run / "policies/rl_1/tokenizer.json").unlink()
+    page = page_of(capsys, run)
+    assert page.pieces[0] == [] and page.texts("figure")[0].endswith("finished aπ b")
+    assert "tokenizer was not found" in page.text
+
+
+def test_page_stays_small_and_reads_line_by_line(tmp_path, capsys):
+    """Would hold the trajectories of a run in memory, or grow with the run."""
+    changes = {"response": "<&> " * 1500, "prompt_ids": [3] * 5000}
+    folder = run_with_trajectories(tmp_path / "a", 10, 4, max_new_tokens=100, **changes)
+    size = sum(file.stat().st_size for file in folder.glob("trajectories/*"))
+    run = report.load_run(folder)
+    tracemalloc.start()
+    report.write_page(run, [], folder / report.PAGE)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    page = Page(folder)
+    assert size > 50e6 and peak < size / 3 and len(page.text) < 3e6
+    assert len(page.found["figure"]) == 10 * 4 * G
+    assert page.texts("figure")[0].endswith("without colours: … <&> " + "<&> " * 373 + "<&>")
+
+
+def test_page_of_a_killed_run(tmp_path, capsys):
+    """Would fail on the half line of a killed run, or show what is no trajectory."""
+    run = run_with_trajectories(tmp_path / "a", 1, 1)
+    file = run / "trajectories/iteration_2.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + whole[:100])
+    assert len(page_of(capsys, run).found["figure"]) == 2 * G
+    file.write_text(whole.replace('"logps"', '"lops"', 1))
+    code, _, err = run_report(capsys, run)
+    assert code == 2 and err.startswith(f"error: {file}:1: not a trajectory: KeyError('logps')")
+    file.unlink()
+    assert len(page_of(capsys, run).found["figure"]) == G
+
+
+def test_page_is_of_the_first_run(tmp_path, capsys):
+    """Would show the trajectories of another run than the one given first."""
+    runs = [run_with_trajectories(tmp_path / "b", 1), run_with_trajectories(tmp_path / "a", 2)]
+    for first, second in (runs, runs[::-1]):
+        code, _, err = run_report(capsys, first, second, "--out", tmp_path / "out")
+        assert code == 0, err
+        assert Page(tmp_path / "out").texts("title") == [f"Trajectories of {first}"]
 
 
 def test_report_reads_files_only():

@@ -1,6 +1,7 @@
 """run.py: what a killed, stopped or damaged run loses (nothing), and what it says."""
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -12,16 +13,18 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, SMALL_RUN
+from tensorboard.backend.event_processing import event_accumulator
 from tqdm import tqdm
 
 import rloop
 from config import UserError, load_config
-from run import Run, Stopped
+from run import Run, Stopped, evaluation_line
 from scale import parallel
 
 FILES = (
@@ -430,6 +433,138 @@ def test_full_disk_leaves_the_last_checkpoint(
     assert Run(cfg).rl_steps == last_step
     rloop.run_method(cfg)
     assert outcome(cfg) == whole
+
+
+# ---- TensorBoard and W&B
+
+
+def logged(cfg) -> dict[str, list[tuple[int, float]]]:
+    """Curve -> (x, value) of its points, as metrics.jsonl has them."""
+    curves: dict[str, list] = {}
+    for line in (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        end = {"rft": f"/{r['iteration'] + 1}", "eval": f"/{r.get('policy')}"}.get(r["phase"], "")
+        for key, value in r.items():
+            if "/" in key and key != "filter/outcome":
+                x = r["step"] if r["phase"] == "rft" else r["rl_steps"]
+                curves.setdefault(key + end, []).append((x, pytest.approx(value)))
+    return curves
+
+
+def read_tensorboard(cfg) -> dict[str, list[tuple[int, float]]]:
+    folder = str(Path(cfg.run_dir) / "tensorboard")
+    events = event_accumulator.EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+def test_tensorboard_has_every_record_once(config, whole):
+    """Fault: a metric is missing or at another x, the steps that a killed run does again stand
+    there twice, or the metrics of before the kill are lost."""
+    cfg = config("run", "--logging", '["tensorboard"]', "--save_every", "2")
+    assert run_and_kill(cfg, len(whole[0]) * 2 // 3, 0.0)
+    in_child(rloop.run_method, cfg).join(120)  # to its end
+    assert outcome(cfg) == whole
+    curves = logged(cfg)
+    assert read_tensorboard(cfg) == curves
+    assert [x for x, _ in curves["rl/reward_mean"]] == [1, 2, 3, 4]
+    assert {"rft/loss/1", "rft/loss/2", "eval/avg@2/base", "eval/avg@2/rl"} <= curves.keys()
+
+
+def test_logging_may_change_when_a_run_continues(config, whole):
+    """Fault: TensorBoard cannot be turned on for a run that has begun, or has only half of it."""
+    cfg = config("run", "--save_every", "2")
+    assert run_and_kill(cfg, len(whole[0]) // 2, 0.0)
+    cfg = config("run", "--save_every", "2", "--logging", '["tensorboard"]')
+    rloop.run_method(cfg)
+    assert outcome(cfg) == whole and read_tensorboard(cfg) == logged(cfg)
+
+
+def test_wandb_continues_its_run(config, whole, monkeypatch):
+    """Fault: W&B has other metrics than metrics.jsonl, or a run that continues is another run
+    there."""
+    calls = []
+
+    class Session:
+        def __init__(self, project, name, dir, id, resume):
+            calls.append((name, id, resume))
+            Path(dir, f"wandb/offline-run-20260101_0000{len(calls):02d}-abc123").mkdir(parents=True)
+
+        def define_metric(self, name, step_metric):
+            assert (name, step_metric) == ("*", "step")
+
+        def log(self, values):
+            step = values.pop("step")
+            for key, value in values.items():
+                curves.setdefault(key, []).append((step, value))
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = Session
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    curves: dict[str, list] = {}
+    cfg = config("run", "--logging", '["wandb"]')
+    Run(cfg)  # stopped before its first step
+    rloop.run_method(cfg)
+    assert outcome(cfg) == whole and curves == logged(cfg)
+    Run(cfg)  # finished: nothing to log
+    assert calls == [("run", None, "allow"), ("run", "abc123", "allow")]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_missing_package_is_named_before_the_first_step(config, monkeypatch, capsys, name):
+    """Fault: a traceback, or an error after the base policy was evaluated for an hour."""
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    cfg = config("run")
+    command = ["--config", str(TOML), *FEW, "--run_dir", cfg.run_dir, "--logging", f'["{name}"]']
+    assert rloop.main(command) == 1
+    screen = capsys.readouterr()
+    assert screen.err.startswith("error: logging: ") and screen.err.count("\n") == 1
+    assert f"pip install {name}" in screen.err and "eval base" not in screen.out
+
+
+# ---- the console
+
+
+def console_line(responses) -> list[str]:
+    """The lines of an evaluation with groups of (problem, response, reward, finished)."""
+    record = {"policy": "rl", "eval/num_samples": 2, "eval/truncated_share": 0.0}
+    record |= {"eval/avg@2": 0.5, "eval/pass@2": 0.75}
+    names = ("problem", "response", "reward", "finished")
+    groups = [
+        [types.SimpleNamespace(**dict(zip(names, r, strict=True))) for r in group]
+        for group in responses
+    ]
+    first, *others = evaluation_line(record, 7, groups, 1.0).split("\n")
+    assert first == "eval rl   after 7 RL steps:  avg@2 0.5000  pass@2 0.7500"
+    return others
+
+
+def test_evaluation_shows_one_right_and_one_wrong_response():
+    """Fault: other problems are shown each time, a wrong response as a right one, or a response of
+    nobody where all are right."""
+    wrong, right = ("p1", "12", 0.0, True), ("p2", "24", 1.0, True)
+    assert console_line([[wrong, wrong], [wrong, right], [right, ("p3", "0", 0.0, True)]]) == [
+        "  right  'p2': '24'",
+        "  wrong  'p1': '12'",
+    ]
+    assert console_line([[right]]) == ["  right  'p2': '24'"]
+    assert console_line([[("p1", "1", 0.0, False)]]) == ["  wrong  'p1': '1', truncated"]
+    assert console_line([]) == []
+
+
+def test_response_cannot_take_over_the_terminal(monkeypatch):
+    """Fault: a response moves the cursor, reorders the line, fills the screen, or ends the run on a
+    terminal that has not its letters."""
+    hostile = "a\n\x1b[2J\r\x07\u202e\ud800 π\u00a0"
+    (line,) = console_line([[(hostile, hostile, 0.0, True)]])
+    shown = r"'a\n\x1b[2J\r\x07\u202e\ud800 π\xa0'"
+    assert line == f"  wrong  {shown}: {shown}"
+    (line,) = console_line([[("p", "x" * 10**6 + "y", 0.0, True)]])
+    assert line == f"  wrong  'p': '{'x' * 50} ... {'x' * 49}y'"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    (line,) = console_line([[("π", "√", 0.0, True)]])
+    assert line == r"  wrong  '\u03c0': '\u221a'"
 
 
 # ---- the directory

@@ -1,0 +1,120 @@
+"""experiments/: statistics, summaries of runs, and the variants of the algorithm."""
+
+import inspect
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL_RUN
+
+import rloop
+from config import load_config
+from experiments import ablations, common, headline, variants
+
+VARIANTS = [
+    name
+    for name, f in inspect.getmembers(variants, inspect.isfunction)
+    if f.__module__ == variants.__name__ and not name.startswith("_") and name != "weights_of_theta"
+]
+
+
+@pytest.fixture
+def small_variant(tmp_path, monkeypatch):
+    """Runs a variant (or "" for RLoop itself) in a few small steps, and returns its weights."""
+
+    def run(variant: str, name: str, *overrides: str) -> tuple[bytes, list[dict]]:
+        with monkeypatch.context() as patch:
+            for attribute, value in vars(rloop).items():
+                if callable(value):
+                    patch.setattr(rloop, attribute, value)  # undone at the end
+            if variant:
+                getattr(variants, variant)()
+            path = str(tmp_path / name)
+            flags = [*SMALL_RUN, *overrides, "--iterations", "3", "--run_dir", path]
+            rloop.run_method(load_config(ROOT / "experiments" / "countdown.toml", flags))
+        last = sorted((tmp_path / name / "policies").iterdir())[-1]  # theta_3, of plain RL rl_1
+        return (last / "model.safetensors").read_bytes(), common.evaluations(tmp_path / name)
+
+    return run
+
+
+def test_every_variant_is_used_and_documented():
+    """Fault: an arm of an experiment names a variant that does not exist."""
+    used = {variant for arms in ablations.ARMS.values() for variant, _ in arms.values()} - {""}
+    assert used == set(VARIANTS)
+    assert all(inspect.getdoc(getattr(variants, name)) for name in VARIANTS)
+
+
+def test_variants_change_the_run(small_variant):
+    """Fault: a variant replaces what nothing calls, and its row of the table is RLoop's again."""
+    plain, _ = small_variant("", "plain")
+    again, _ = small_variant("", "again")
+    assert plain == again
+    for name in VARIANTS:
+        method = dict.fromkeys(["entropy_bonus"], ("--method", "rl")).get(name, ())
+        reference = small_variant("", f"{name}-plain", *method)[0] if method else plain
+        assert small_variant(name, name, *method)[0] != reference, name
+
+
+def test_evaluations_of_a_run(small_variant, tmp_path):
+    """Fault: the cost of a run leaves out RFT, or counts the evaluations."""
+    _, found = small_variant("", "run")
+    assert [e["policy"] for e in found] == ["base", *["rl", "rl", "rft"] * 3]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    tokens = 0
+    for i in range(3):
+        for file, epochs in (("experts", 2),):
+            path = tmp_path / "run" / file / f"iteration_{i + 1}.jsonl"
+            tokens += epochs * sum(len(json.loads(line)["ids"]) for line in path.open())
+    updates = [r for r in records if r["phase"] == "rl" and "rl/loss" in r]
+    tokens += sum(32 * (1 - r["rl/flat_share"]) * r["rl/len_mean_tok"] for r in updates)
+    assert found[-1]["tokens"] == pytest.approx(tokens, abs=1)
+    assert 0 < found[-1]["seconds"] < records[-1]["time/total_s"]
+    assert [e["seconds"] for e in found] == sorted(e["seconds"] for e in found)
+
+
+def test_paired_gain():
+    """Fault: the interval is that of unpaired arms, or of the problems alone."""
+    rng = np.random.default_rng(1)
+    problem_P, seed_S1 = rng.random(200), rng.normal(0, 0.1, (8, 1))
+    a_SP = problem_P + 0.1 + rng.normal(0, 0.01, (8, 200))
+    mean, low, high, relative = common.paired_gain(a_SP, np.tile(problem_P, (8, 1)))
+    assert low < 0.1 < high and high - low < 0.01 and mean == pytest.approx(0.1, abs=0.005)
+    assert relative == pytest.approx(a_SP.mean() / problem_P.mean() - 1)
+    # a difference that varies by seed alone: its standard error is std / sqrt(seeds)
+    _, low, high, _ = common.paired_gain(problem_P + seed_S1, np.tile(problem_P, (8, 1)))
+    wanted = 2 * 1.96 * seed_S1.std() / np.sqrt(8)
+    assert high - low == pytest.approx(wanted, rel=0.1)
+
+
+def test_best_checkpoint_and_closest():
+    """Fault: the best checkpoint is chosen on the games that are reported, or behind the budget."""
+
+    def evaluation(steps, validation, test, tokens):
+        counts = [validation] * headline.VALIDATION + [test] * headline.TEST
+        text = " ".join(map(str, counts))
+        return {"policy": "rl", "rl_steps": steps, "num_correct": text, "tokens": tokens}
+
+    found = [evaluation(100, 3, 1, 10), evaluation(300, 2, 9, 30), evaluation(400, 9, 9, 45)]
+    assert headline.best_checkpoint({"evaluations": found}) is found[0]
+    assert headline.at_steps({"evaluations": found}, "rl") is found[1]
+    assert headline.closest({"evaluations": found}, "tokens", 40) is found[2]
+    assert headline.quality(found[1]) == pytest.approx(np.sqrt((2 * 100 + 9 * 400) / 500 / 32))
+
+
+def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
+    """Fault: a continued experiment starts from nothing, or keeps the result of another command."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    ran = []
+
+    def run(name, command):
+        ran.append((name, *command))
+        return {"evaluations": command}
+
+    monkeypatch.setattr(common, "_run", run)
+    common.run_all("x", {"a": ["1"], "b": ["2"]}, jobs=2)
+    results = common.run_all("x", {"b": ["2"], "a": ["3"]}, jobs=1)
+    assert sorted(ran) == [("a", "1"), ("a", "3"), ("b", "2")]
+    assert results == {
+        name: {"command": c, "evaluations": [c]} for name, c in (("b", "2"), ("a", "3"))
+    }

@@ -45,16 +45,16 @@ GOLDS = ["42", "C", "\\{1,2\\}", "x^2+\\sqrt{2}", "(0,1)", "\\lfloor n/7 \\rfloo
 
 
 def slowest(text: str, golds: list[str]) -> float:
-    """The seconds of the slowest call with this text: as a response, an answer and a gold."""
+    """The CPU seconds of the slowest call with this text: as a response, an answer and a gold."""
     calls = [lambda: extract_answer(text), lambda: verify_countdown(text, (3, 5, 2), 16)]
     for gold in golds:
         calls += [lambda gold=gold: compare(gold, text), lambda gold=gold: compare(text, gold)]
     calls += [lambda: compare(text, text + " "), lambda: compare(text, text.replace("1", "2"))]
     seconds = []
     for call in calls:
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return max(seconds)
 
 
@@ -79,7 +79,10 @@ def main() -> None:
     end, worst, count = time.monotonic() + seconds, 0.0, 0
     while time.monotonic() < end:
         text = random_text(rng)
-        found, count = slowest(text, [rng.choice(GOLDS)]), count + 1
+        golds, count = [rng.choice(GOLDS)], count + 1
+        found = slowest(text, golds)
+        if found > LIMIT_S:  # again: the garbage collector may have run
+            found = min(found, slowest(text, golds))
         worst = max(worst, found)
         if found > LIMIT_S:
             print(f"{found:.2f} s: {text[:200]!r} ({len(text)} characters)", flush=True)

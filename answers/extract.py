@@ -17,8 +17,8 @@ _CHANGED_BEHIND = re.compile(
     r"|(?:\\text\{)?\s?(?:hundred|thousand|[mbtr]{1,2}illion|dozen|k)\b)"
 )
 _CHANGED_BEFORE = re.compile(
-    r"(?:\w[-+*/]|[\d)}] ?[-+*/] ?|[\w)}] ?(?<!answer)[<>] ?|[≤≥±≠] ?|\\(?:[lg]eq?|[lg]t|cdot|times"
-    r"|pm|mp|d?frac|sqrt|log|ln|sin|cos|tan|neq?|not)\b ?|n't be |\b(?:minus|negative|not|cannot be"
+    r"(?:\w[-+*/]|[\d)}] ?[-+*/] ?|[\w)}] ?(?<!answer)[<>] ?|[≤≥±≠] ?|\\(?:[lg]eq?|[lg]t|cdot"
+    r"|times|pm|mp|d?frac|sqrt|log|ln|sin|cos|tan|neq?|not)\b ?|n't be |\b(?:minus|negative|not|cannot be"
     r"|least|most|than|twice|half of|plus|times) )[$({]{0,2}$|(?:[/^|\d]|[\d\]]\}?\{)\{?$",
     re.IGNORECASE,
 )
@@ -70,10 +70,11 @@ _LEAD_IN = re.compile(
     r"|length)\b[\s,:]+|[:=]\s*){1,20}"
 )
 _CHANGING = re.compile(  # words beside a formula that make another value of it
-    r"(?i)\d|\\(?!\()|\b(?:than|least|most|half|twice|double|times|minus|negative|plus|roots?|squared?"
-    r"|cubed?|sum|product|third|percent|dozen|hundred|thousand|[mb]illion|over|under|below|above|let"
-    r"|error|step|case|when|between|from|mod|or|and|but|less|no|add|subtract|multipl\w+|divid\w+|set"
-    r"|because|exceeds?|exclud\w+|bounded|smaller|larger|factor|remainder|without|fails?|short)\b"
+    r"(?i)\d|\\(?!\()|\b(?:than|least|most|half|twice|double|times|minus|negative|plus|roots?"
+    r"|squared?|cubed?|sum|product|third|percent|dozen|hundred|thousand|[mb]illion|over|under"
+    r"|below|above|let|error|step|case|when|between|from|mod|or|and|but|less|no|add|subtract"
+    r"|multipl\w+|divid\w+|set|because|exceeds?|exclud\w+|bounded|smaller|larger|factor"
+    r"|remainder|without|fails?|short)\b"
 )
 _FORMULAS = re.compile(r"\$[^$\s][^$]*(?<!\s)\$(?:(?:,|,? and|,? or) ?\$[^$]+\$){0,20}")
 _MONEY = re.compile(r"(?<=[a-z] )\$(\d[\d,]*(?:\.\d+)?)(?=,?\s|$)")

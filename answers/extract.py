@@ -17,9 +17,9 @@ _CHANGED_BEHIND = re.compile(
     r"|(?:\\text\{)?\s?(?:hundred|thousand|[mbtr]{1,2}illion|dozen|k)\b)"
 )
 _CHANGED_BEFORE = re.compile(
-    r"(?:\w[-+*/]|[\d)}] ?[-+*/] ?|[\w)}] ?(?<!answer)[<>] ?|[≤≥±≠] ?|\\(?:[lg]eq?|[lg]t|cdot"
-    r"|times|pm|mp|d?frac|sqrt|log|ln|sin|cos|tan|neq?|not)\b ?|n't be |\b(?:minus|negative|not|cannot be"
-    r"|least|most|than|twice|half of|plus|times) )[$({]{0,2}$|(?:[/^|\d]|[\d\]]\}?\{)\{?$",
+    r"(?:\w[-+*/]|[\d)}] ?[-+*/] ?|[\w)}] ?(?<!answer)[<>] ?|[≤≥±≠] ?|\\(?:[lg]eq?|[lg]t"
+    r"|cdot|times|pm|mp|d?frac|sqrt|log|ln|sin|cos|tan|neq?|not)\b ?|n't be |\b(?:minus|negative|not"
+    r"|cannot be|least|most|than|twice|half of|plus|times) )[$({]{0,2}$|(?:[/^|\d]|[\d\]]\}?\{)\{?$",
     re.IGNORECASE,
 )
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)

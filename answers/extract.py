@@ -18,8 +18,9 @@ _CHANGED_BEHIND = re.compile(
 )
 _CHANGED_BEFORE = re.compile(
     r"(?:\w[-+*/]|[\d)}] ?[-+*/] ?|[\w)}] ?(?<!answer)[<>] ?|[≤≥±≠] ?|\\(?:[lg]eq?|[lg]t"
-    r"|cdot|times|pm|mp|d?frac|sqrt|log|ln|sin|cos|tan|neq?|not)\b ?|n't be |\b(?:minus|negative|not"
-    r"|cannot be|least|most|than|twice|half of|plus|times) )[$({]{0,2}$|(?:[/^|\d]|[\d\]]\}?\{)\{?$",
+    r"|cdot|times|pm|mp|d?frac|sqrt|log|ln|sin|cos|tan|neq?|not)\b ?|n't be |\b(?:minus|negative"
+    r"|not|cannot be|least|most|than|twice|half of|plus|times) )[$({]{0,2}$"
+    r"|(?:[/^|\d]|[\d\]]\}?\{)\{?$",
     re.IGNORECASE,
 )
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)

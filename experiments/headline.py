@@ -19,6 +19,7 @@ SEARCH_SEEDS, SEEDS = (10, 11, 12), range(8)
 SEARCH = ["--data.eval", "countdown:search?numbers=4", "--data.eval_size", "200"]
 FINAL = {"rloop": "rft", "rl": "rl", "rft": "rft"}  # the policy that an arm ends with
 VALIDATION, TEST = 100, 400  # held-out games; the first choose plain RL's best checkpoint
+BASE_SAMPLES = 256  # of the base policy, for the strata
 LONGER = 400  # steps of plain RL, for the comparisons at equal tokens and equal time
 
 
@@ -126,8 +127,33 @@ def report(best: dict[str, str], jobs: int) -> None:
     rows[f"pure RFT, {best['rft']}"] = [at_steps(r, "rft") for r in arms["rft"]]
     rows["RLoop, after the last RL phase"] = [at_steps(r, "rl") for r in arms["rloop"]]
     rows[f"RLoop, {best['rloop']}"] = loop_ends
-    publish("headline", table(rows, loop_ends))
+    base = run_all("headline", {"headline/base": base_command(held_out)}, jobs)["headline/base"]
+    publish("headline", [*table(rows, loop_ends), "", *strata_table(rows, base["evaluations"][0])])
     draw(arms)
+
+
+def base_command(held_out: list[str]) -> list[str]:
+    samples = ["--method", "eval", "--eval.num_samples", str(BASE_SAMPLES)]
+    return command([*held_out, *samples], 0)
+
+
+def strata_table(rows: dict[str, list[dict]], base: dict) -> list[str]:
+    """The scores by how often the base policy solves a game: the mean hides where they differ."""
+    counts = np.array(base["num_correct"].split(), dtype=int)[VALIDATION:]
+    rate, edges = counts / BASE_SAMPLES, (0, 1 / BASE_SAMPLES, 0.05, 0.3, 1.01)
+    masks = [(rate >= low) & (rate < high) for low, high in itertools.pairwise(edges)]
+    names = (f"0 of {BASE_SAMPLES}", "below 5%", "below 30%", "30% and more")
+    titles = [f"{name} ({mask.sum()} games)" for name, mask in zip(names, masks, strict=True)]
+    lines = [f"| avg@32 / pass@32, by the base policy's rate | {' | '.join(titles)} |"]
+    lines.append("|---" + "|---:" * len(masks) + "|")
+    for name, ends in rows.items():
+        means = [np.mean([scores_P(e, m)[VALIDATION:] for e in ends], axis=0) for m in MEASURES]
+        cells = [
+            " / ".join(f"{m[mask].mean():.3f}" for m in means) if mask.any() else ""
+            for mask in masks
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def best_checkpoint(result: dict) -> dict:

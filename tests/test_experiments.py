@@ -122,3 +122,58 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     assert results == {
         name: {"command": c, "evaluations": [c]} for name, c in (("b", "2"), ("a", "3"))
     }
+
+
+def test_headline_report(tmp_path, monkeypatch):
+    """Fault: an arm is read at another step, the validation games are reported, or a gain has the
+    wrong sign or interval."""
+
+    def result(command):
+        """Scores that depend on the arm alone: every test game is solved so often of 32."""
+        lr = command[command.index("--rl.lr") + 1] if "--rl.lr" in command else None
+        per_game = {"0": 2, "6e-5": 4, "1e-4": 8}.get(lr, 1)
+        plain = "rl" in command
+        steps = (0, 100, 300, 400) if plain else (0, 75, 150, 225, 300)
+        found = []
+        for step in steps:
+            solved = per_game + (step == 100) if step else 1
+            counts = " ".join(["32"] * headline.VALIDATION + [str(solved)] * headline.TEST)
+            for policy in ("base",) if step == 0 else ("rl",) if plain else ("rl", "rft"):
+                cost = {"seconds": step * 0.1, "tokens": step * (100 if plain else 110)}
+                place = {"policy": policy, "iteration": 0, "rl_steps": step}
+                found.append(place | cost | {"num_correct": counts})
+        return {"evaluations": found}
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    everything = {}
+    monkeypatch.setattr(
+        headline,
+        "run_all",
+        lambda experiment, commands, jobs: (
+            everything.update(commands)
+            or {name: result(command) for name, command in commands.items()}
+        ),
+    )
+    best = {
+        "rl": "lr 6e-5",
+        "rft": "4 rounds, 6 epochs, cap 10",
+        "rloop": "4 iterations, lr 1e-4, 6 epochs, cap 10",
+    }
+    headline.report(best, jobs=1)
+    text = (tmp_path / "headline.md").read_text()
+    tables = [[line.split("|") for line in part.splitlines()] for part in text.split("\n\n")]
+    rows, strata = ({row[1].strip(): row for row in rows} for rows in tables)
+    assert rows.keys() - strata.keys() == {"policy"} and len(tables[0]) == len(tables[1])
+    assert all(len({len(row) for row in rows}) == 1 for rows in tables)
+    assert strata["plain RL, lr 6e-5"][2:5] == ["  ", " 0.125 / 1.000 ", "  "]
+    plain = rows["plain RL, lr 6e-5"]
+    assert (
+        plain[5].strip() == "0.125 ± 0.000" and plain[6].strip() == "+0.125 [+0.125, +0.125], +100%"
+    )
+    assert [cell.strip() for cell in rows["plain RL, its best checkpoint"][2:6:3]] == [
+        "100",
+        "0.094 ± 0.000",
+    ]
+    assert rows["plain RL at RLoop's training tokens"][2].strip() == "300"
+    assert rows["RLoop, 4 iterations, lr 1e-4, 6 epochs, cap 10"][6].strip() == ""
+    assert len(everything) == 3 * 8 + 1 and (tmp_path / "headline.png").exists()

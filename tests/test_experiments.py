@@ -172,7 +172,7 @@ def test_headline_report(tmp_path, monkeypatch):
     )
     assert [cell.strip() for cell in rows["plain RL, its best checkpoint"][2:6:3]] == [
         "100",
-        "0.094 ± 0.000",
+        "0.156 ± 0.000",
     ]
     assert rows["plain RL at RLoop's training tokens"][2].strip() == "300"
     assert rows["RLoop, 4 iterations, lr 1e-4, 6 epochs, cap 10"][6].strip() == ""

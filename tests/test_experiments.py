@@ -9,7 +9,7 @@ from conftest import ROOT, SMALL_RUN
 
 import rloop
 from config import load_config
-from experiments import ablations, common, headline, variants
+from experiments import ablations, common, headline, map, phenomena, variants
 
 EASY_GAMES = [  # the base policy solves a quarter of them
     *("--data.train", str(ROOT / "tests" / "easy_games.jsonl")),
@@ -177,3 +177,82 @@ def test_headline_report(tmp_path, monkeypatch):
     assert rows["plain RL at RLoop's training tokens"][2].strip() == "300"
     assert rows["RLoop, 4 iterations, lr 1e-4, 6 epochs, cap 10"][6].strip() == ""
     assert len(everything) == 3 * 8 + 1 and (tmp_path / "headline.png").exists()
+
+
+def fake_results(monkeypatch, tmp_path, module, solved_of) -> None:
+    """Instead of runs: evaluations in which every game is solved solved_of(name) times of 32."""
+
+    def run_all(experiment, commands, jobs):
+        found = {}
+        for name in commands:
+            place = {"policy": "base", "rl_steps": 0, "num_correct": " ".join(["1"] * 10)}
+            end = " ".join([str(solved_of(name))] * 9 + ["0"])
+            last = {"policy": "rl", "rl_steps": 300, "num_correct": end}
+            found[name] = {"evaluations": [place, last]}
+        return found
+
+    for target in (common, module):
+        monkeypatch.setattr(target, "RESULTS", tmp_path, raising=False)
+    monkeypatch.setattr(module, "run_all", run_all)
+
+
+def test_ablations_report(tmp_path, monkeypatch):
+    """Fault: an arm is compared with another seed's RLoop, or with itself."""
+    solved = {"RLoop": 16, "no cap": 8, "RFT 24 epochs": 32}
+    name_of = lambda path: path.split("/")[1]  # noqa: E731
+    fake_results(monkeypatch, tmp_path, ablations, lambda path: solved.get(name_of(path), 4))
+    ablations.main("ablations", jobs=1)
+    lines = (tmp_path / "ablations.md").read_text().splitlines()
+    rows = {line.split(" | ")[0]: line for line in lines}
+    assert rows["| no cap"] == (
+        "| no cap | 0.225 ± 0.000 | -0.225 [-0.250, -0.175] "
+        "| 0.900 ± 0.000 | +0.000 [+0.000, +0.000] |"
+    )
+    assert rows["| RLoop"] == "| RLoop | 0.450 ± 0.000 |  | 0.900 ± 0.000 |  |"
+    assert len(lines) == 2 + len(ablations.ABLATIONS)
+
+
+def test_map_report(tmp_path, monkeypatch):
+    """Fault: the winner of a cell is not the arm with the best score, or a cell is another's."""
+    winner = {"3-0-100": "pure RFT", "5-2560-1600": "plain RL"}
+
+    def solved_of(name):
+        cell, arm = name.split("/")[1], name.split("/")[-1]
+        best = winner.get(cell, "RLoop")
+        return 16 if arm.startswith(best) and "3e-5" not in arm else 8
+
+    fake_results(monkeypatch, tmp_path, map, solved_of)
+    map.main(jobs=1)
+    lines = (tmp_path / "map.md").read_text().splitlines()
+    assert len(lines) == 2 + 27 and all(line.count("|") == lines[0].count("|") for line in lines)
+    assert "| 3 | 0.031 | 100 | 0.225 | 0.225 | 0.450 | 0.900 | 0.900 | 0.900 |" in lines
+    assert "| 5 | 0.031 | 1600 | 0.225 | 0.450 | 0.225 | 0.900 | 0.900 | 0.900 |" in lines
+    assert (tmp_path / "map.png").exists()
+
+
+def test_diversity_and_flips(tmp_path):
+    """Fault: responses to different problems are compared, or of one step as of two."""
+    a, b = [1, 2, 3, 4, 5], [9, 8, 7, 6, 5]
+    records = [(1, "p", a), (1, "p", a), (1, "q", a), (1, "q", b), (2, "p", a), (2, "p", a)]
+    file = tmp_path / "trajectories" / "iteration_1.jsonl"
+    file.parent.mkdir()
+    lines = [json.dumps({"step": s, "problem": p, "ids": ids}) for s, p, ids in records]
+    file.write_text("\n".join(lines))
+    found = phenomena.diversity(tmp_path)
+    assert found["within"] == pytest.approx([0.5, 1.0])  # p: 1, q: 0
+    assert found["between"] == [None, pytest.approx(1.0)]
+    evaluations = [{"num_correct": text} for text in ("1 1 0 0", "0 3 1 0", "0 0 0 0")]
+    assert phenomena.flips({"evaluations": evaluations}) == pytest.approx([0.25, 0.5])
+
+
+def test_phenomena_report(small_variant, tmp_path, monkeypatch):
+    """Fault: the report fails on the records of a real run."""
+    fake_results(monkeypatch, tmp_path, phenomena, lambda name: 8)
+    monkeypatch.setattr(phenomena, "RUNS", tmp_path)
+    for arm in phenomena.ARMS:
+        for seed in phenomena.SEEDS:
+            small_variant("", f"phenomena/{arm}/{seed}", "--seed", str(seed))
+    phenomena.main(jobs=1)
+    text = (tmp_path / "phenomena.md").read_text()
+    assert "| avg@32 | 0.225 ± 0.000 | 0.225 ± 0.000 |" in text and "nan" not in text
+    assert (tmp_path / "phenomena.png").exists()

@@ -6,6 +6,7 @@ strengths on top.
 """
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from experiments import common
 from experiments.common import MEASURES, RESULTS, ROOT, RUNS, publish, run_all, scores_P
@@ -113,7 +114,8 @@ def main(jobs: int) -> None:
 def draw_cell(ax, x: int, y: int, scores: dict[str, float]) -> None:
     """A square in the winner's colour, with the scores of all arms in it."""
     winner = max(ARMS, key=lambda arm: scores[arm])
-    ax.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, color=COLORS[winner], linewidth=0)
+    corner = (x - 0.5, y - 0.5)
+    ax.add_patch(Rectangle(corner, 1, 1, facecolor=COLORS[winner], edgecolor="white", linewidth=3))
     for row, arm in enumerate(ARMS):
         weight = "bold" if arm == winner else "normal"
         text = f"{arm} {scores[arm]:.3f}"

@@ -21,16 +21,8 @@ SMALL.dps = 150
 ROUNDING = SMALL.mpf(10) ** -130  # relative; what differs by less counts as equal
 
 
-class Undefined(ArithmeticError):
-    """No value at this point: division by zero, log 0, infinity."""
-
-
-class NotReal(Undefined):
-    """No real value at this point."""
-
-
-class TooHard(ArithmeticError):
-    """Exceeds a cap, or is of a kind that has no value here."""
+class NoValue(ArithmeticError):
+    """No value at this point (log 0), of this kind (infinity), or within the caps."""
 
 
 class Budget:
@@ -40,19 +32,19 @@ class Budget:
         self.steps = steps
 
     def spend(self, steps: int) -> None:
-        """Raises TooHard when no steps are left."""
+        """Raises NoValue when no steps are left."""
         self.steps -= steps
         if self.steps < 0:
-            raise TooHard("too many steps")
+            raise NoValue("too many steps")
 
 
 def real(value):
-    """A Fraction as a number of SMALL; other values as they are. Raises TooHard for a Fraction that
+    """A Fraction as a number of SMALL; other values as they are. Raises NoValue for a Fraction that
     this precision does not tell from its neighbours."""
     if not isinstance(value, Fraction):
         return value
     if _bits(value) > MAX_REAL_BITS:
-        raise TooHard("too many digits")
+        raise NoValue("too many digits")
     return SMALL.mpf(value.numerator) / value.denominator
 
 
@@ -84,26 +76,26 @@ def contains(node, kinds: set[str]) -> bool:
 class Evaluation:
     """The value of a tree at a point: a Fraction while exact, then a number of SMALL's precision.
 
-    Raises Undefined or TooHard.
+    Raises ArithmeticError (NoValue, division by zero) or, as mpmath does at a pole, ValueError.
     """
 
     def __init__(self, budget: Budget, point: dict[str, Fraction], real_only: bool = False):
         self.budget = budget
         self.point = point
-        self.real_only = real_only  # sqrt(x) is Undefined at x = -1
+        self.real_only = real_only  # sqrt(x) has no value at x = -1
 
     def value(self, node: tuple):
         self.budget.spend(1)
         method = getattr(self, "_" + node[0], None)
         if method is None:
-            raise TooHard(f"{node[0]} has no value")
+            raise NoValue(f"{node[0]} has no value")
         value = method(*node[1:])
         if isinstance(value, Fraction):
             return self.bounded(value)
         if not SMALL.isfinite(value):
-            raise Undefined("not finite")
+            raise NoValue("not finite")
         if self.real_only and SMALL.im(value):
-            raise NotReal("not real")
+            raise NoValue("not real")
         return value
 
     def bounded(self, value: Fraction):
@@ -118,14 +110,12 @@ class Evaluation:
 
     def _var(self, name):
         if name not in self.point:
-            raise TooHard(f"{name} has no value")
+            raise NoValue(f"{name} has no value")
         return self.point[name]
 
     def _const(self, name):
-        if name == "inf":
-            raise Undefined("infinity")
         if name not in _CONSTANTS:
-            raise TooHard(f"{name} has no value")
+            raise NoValue(f"{name} has no value")
         return _CONSTANTS[name]
 
     def _add(self, nodes):
@@ -136,7 +126,7 @@ class Evaluation:
             if not isinstance(total, Fraction):
                 low, high = sorted((abs(real(before)), abs(real(value))))
                 if 0 < low < high * ROUNDING:
-                    raise Undefined("a term is lost beside the others")
+                    raise NoValue("a term is lost beside the others")
         return total
 
     def _mul(self, nodes):
@@ -151,10 +141,7 @@ class Evaluation:
         return operation(real(a), real(b))
 
     def _inv(self, node):
-        value = self.value(node)
-        if value == 0:
-            raise Undefined("division by zero")
-        return 1 / value
+        return 1 / self.value(node)
 
     def _neg(self, node):
         return -self.value(node)
@@ -163,19 +150,17 @@ class Evaluation:
         return self.value(node) / 100
 
     def _unit(self, node, powers):
-        if powers == (("deg", 1),):
+        if powers == ((1, "deg"),):
             return real(self.value(node)) * SMALL.pi / 180
         if powers:
-            raise TooHard("a unit within an expression")
+            raise NoValue("a unit within an expression")
         return self.value(node)
 
     def _pow(self, base, exponent):
         b, e = self.value(base), self.value(exponent)
         if is_integer(e):
             if abs(e) > MAX_EXPONENT:
-                raise TooHard("exponent too large")
-            if b == 0 and e < 0:
-                raise Undefined("division by zero")
+                raise NoValue("exponent too large")
             is_small = isinstance(b, Fraction) and _bits(b) * abs(e) <= MAX_BITS
             return (b if is_small else real(b)) ** int(e)
         if isinstance(e, Fraction):
@@ -196,37 +181,33 @@ class Evaluation:
         return self.general_power(b, real(e))
 
     def general_power(self, b, e):
-        b, e = real(b), real(e)
-        log = SMALL.log(b)
-        self.small(e * log, MAX_EXPONENT)
-        return SMALL.exp(e * log)
+        self.budget.spend(40)
+        power = real(e) * SMALL.log(real(b))
+        return SMALL.exp(self.small(power, MAX_EXPONENT))
 
     def small(self, value, limit=10**15):
         if abs(value) > limit or 0 < abs(value) < 1e-50:
-            raise TooHard("too large or too small")
+            raise NoValue("too large or too small")
         return value
 
     def _fn(self, name, arguments):
         values = [self.value(node) for node in arguments]
         is_exact = name in _EXACT and all(isinstance(value, Fraction) for value in values)
-        self.budget.spend(5 if is_exact or name in ("floor", "ceil") else 40)
+        self.budget.spend(5 if is_exact or name in ("floor", "ceil", "root", "exp") else 40)
         method = getattr(self, "fn_" + name, None)
         if method is not None:
             try:
                 return method(*values)
             except TypeError:
-                raise TooHard(f"{name} of {len(values)} arguments") from None
+                raise NoValue(f"{name} of {len(values)} arguments") from None
         if name not in _ANALYTIC or len(values) != 1:
-            raise TooHard(f"{name} of {len(values)} arguments")
-        x = self.small(real(values[0]))
-        try:
-            return getattr(SMALL, name)(x)
-        except (ValueError, ZeroDivisionError, OverflowError):
-            raise Undefined(name) from None
+            raise NoValue(f"{name} of {len(values)} arguments")
+        x = self.small(real(values[0]), 100 if name == "tanh" else 10**15)
+        return getattr(SMALL, name)(x)
 
     def fn_root(self, x, n):
         if not isinstance(n, Fraction) or n == 0:
-            raise TooHard("root")
+            raise NoValue("root")
         return self.rational_power(x, 1 / n)
 
     def fn_exp(self, x):
@@ -234,7 +215,7 @@ class Evaluation:
 
     def fn_log(self, x, base=None):
         if x == 0 or base is not None and (base == 0 or base == 1):
-            raise Undefined("log")
+            raise NoValue("log")
         log = SMALL.log(real(x))
         return log if base is None else log / SMALL.log(real(base))
 
@@ -244,21 +225,12 @@ class Evaluation:
         return abs(x)
 
     def fn_floor(self, x):
-        return Fraction(math.floor(self.small(self.as_real(x), 10**30)))
+        return Fraction(math.floor(self.small(x, 10**30)))
 
     def fn_ceil(self, x):
-        return Fraction(math.ceil(self.small(self.as_real(x), 10**30)))
-
-    def as_real(self, x):
-        if isinstance(x, Fraction):
-            return x
-        if SMALL.im(x):
-            raise Undefined("not real")
-        return SMALL.re(x)
+        return Fraction(math.ceil(self.small(x, 10**30)))
 
     def fn_factorial(self, n):
-        if is_integer(n) and n < 0:
-            raise Undefined("factorial of a negative number")
         if is_integer(n) and n <= MAX_FACTORIAL:
             return Fraction(math.factorial(int(n)))
         return SMALL.gamma(self.small(real(n), 10**6) + 1)

@@ -6,16 +6,22 @@ LOOK_BACK = 20_000  # characters from the end in which an answer is looked for
 _BRACES = re.compile(r"\\?(?:boxed|fbox|framebox)\s{0,9}\{|\\[{}\\]|[{}]")
 _BARE_BOX = re.compile(r"\\boxed\s{0,9}(-?\.?\d[\d.,/]*)")
 _JOINT = re.compile(
+    r"(?s)(?=.{0,40}\Z)(?=.*?(?:[,;]|\band\b|\bor\b))"
     r"[\s$.\\()\[\]]{0,9}(?:,|;|\\text\s?\{|\\quad|and\b|or\b|\\ |[\s}$]){0,9}"
     r"(?<=[,;\s$}dr])[\s$\\()\[\]]{0,9}"
 )
-_PERCENT_BEHIND = re.compile(r"\s{0,9}(?:\$|\\\)|\\\])?\s{0,9}(?:\\?%(?! of)|percent\b|pct\b)")
+_PERCENT_BEHIND = re.compile(r"\s{0,9}(?:\$|\\\)|\\\])?\s{0,9}(?:\\?%(?! of)|per ?cent\b|pct\b)")
 _CHANGED_BEHIND = re.compile(
-    r"[a-z](?=[-+^])|!\$|\s{0,9}(?:/\s?\d|\^\{?[\da-z]|\\(?:pi|cdot|times|sqrt)\b|\$? ?or\s"
-    r"|(?:\\text\{)?\s?(?:hundred|thousand|million|billion|dozen)\b)"
+    r"[a-fi-knp-rt-z](?![A-Za-z])|!\$|\s{0,9}(?:(?<!\n)[-+*/]\s?[\d(]|\^\{?[\da-z]|[inxyz]\$"
+    r"|\$? ?or\s|\$?(?:, ?|,? (?:and|or) )\$?-?\d|[-+*/]?\s?\\(?:pi|cdot|times|sqrt|d?frac)\b"
+    r"|(?:\\text\{)?\s?(?:hundred|thousand|[mbtr]{1,2}illion|dozen|k)\b)"
 )
 _CHANGED_BEFORE = re.compile(
-    r"[\w)}]\s?[-+]$|[/^\d]$|(?:\bnot|\bcannot be|n't|\\neq?|\\not)\W{0,4}$", re.IGNORECASE
+    r"(?:\w[-+*/]|[\d)}] ?[-+*/] ?|[\w)}] ?(?<!answer)[<>] ?|[≤≥±≠] ?|\\(?:[lg]eq?|[lg]t"
+    r"|cdot|times|pm|mp|d?frac|sqrt|log|ln|sin|cos|tan|neq?|not)\b ?|n't be |\b(?:minus|negative"
+    r"|not|cannot be|least|most|than|twice|half of|plus|times) )[$({]{0,2}$"
+    r"|(?:[/^|\d]|[\d\]]\}?\{)\{?$",
+    re.IGNORECASE,
 )
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _HASHES = re.compile(r"####(?!#)[ \t]*(?!\W*(?:[A-Z][a-z]+ ){0,3}[A-Z]?[a-z]+ *\d*:?\**\n)([^\n]+)")
@@ -30,28 +36,27 @@ _END_OF_TEXT = re.compile(
 )
 _AFTERTHOUGHT = re.compile(
     r",?\s(?:which|where|because|since|so|as)\b|\s\((?:since|because|as)\b|\s\([a-z]+ [a-z ]+\)$"
-    r"|\s[—–]\s"
+    r"|\s[—–]\s(?=[A-Za-z])"
 )
 _CONTRAST = re.compile(r", (?:and |but )?not [^,;]*$")
 _CLAUSE = re.compile(r"(?<=\d) ([a-z ]*[a-z]s) (?:that|who|to|in|of|for|such that) [^\d]*$")
-_TAIL = re.compile(
-    r"(?:,? (?:in total|in all|altogether|left|remaining|now"
-    r"|(?:an?|per|each|every|this) (?:day|week|month|year|hour|minute))"
-    r"| is (?:it|(?:the|our|my) (?:final |correct )?answer)){1,3}$"
-)
+_TAIL = re.compile(r"(?:,? in (?:total|all)| is (?:it|(?:the|our|my) (?:final |correct )?answer))$")
 _DOUBT = re.compile(
     r"\b(?:not|cannot|never|wrong|incorrect|unless|except|impossible|unlikely|tempting|mistaken"
-    r"|extraneous|invalid|false|misread|might|may|doubt|suppose|if|guess)\b|n't\b",
+    r"|extraneous|invalid|false|misread|might|may|doubt|suppose|assume|try|perhaps"
+    r"|maybe|wants?|hoped?|if|guess)\b|n't\b",
     re.IGNORECASE,
 )
+_CHOICE = re.compile(r"[\s$*(]{0,9}[A-J][\s$*).]{0,9}")
 _LOWER_CHOICE = re.compile(r"\(?[a-d]\)?")
 _WITHDRAWN = re.compile(
-    r"\?\s{0,9}(?:no|or)\b|^\W{0,9}(?:is|was) (?:wrong|incorrect|not)\b"
+    r"\?\s{0,9}(?:no|or)\b|\.\s{0,9}(?:no,|hmm|but \W?\d)"
+    r"|^\W{0,9}(?:is|was) (?:wrong|incorrect|not)\b"
     r"|\b(?:wait|sorry|oops|actually|alternatively|on reflection|correction)\b"
     r"|\b(?:could|might) (?:also )?be\b|\b(?:that|this|it|which) (?:is|was) (?:wrong|incorrect)",
     re.IGNORECASE,
 )
-_MORE_VALUES = re.compile(r"\W*(?:(?:and|or|also)\W+)*\\?[\d\W]*\d[\d\W]*")
+_MORE_VALUES = re.compile(r"(?i)\W*(?:(?:and|or|also)\W+)*\\?[\d\W]*\d[\d\W]*")
 _VERB = re.compile(
     r"(?:^|(?<!\bor)\s)(?:is|are|was|were|be|equals?|gets?|gives?|giving|have|has|had|makes?|pays?"
     r"|paid|costs?|earns?|earned|needs?|runs?|sold|spent|bought|takes?|obtain|find"
@@ -60,17 +65,20 @@ _VERB = re.compile(
     re.IGNORECASE,
 )
 _LEAD_IN = re.compile(
-    r"(?:(?:the|an?|our|about|approximately|roughly|exactly|just|only|simply|equal|to|in|total of"
+    r"^(?:(?:the|an?|our|about|approximately|roughly|exactly|just|only|simply|equal|to|in|total of"
     r"|total|values?|solutions?|interval(?= \W)|point(?= [($\\])|pair|ordered|set"
     r"|option(?= \(?[A-J])|result|we|it|there|ratio|final|probability|area"
     r"|length)\b[\s,:]+|[:=]\s*){1,20}"
 )
-_CHANGING = re.compile(
-    r"\d|\\(?!\()|\b(?:than|least|most|half|twice|double|times|minus|negative|plus|roots?|squared?"
-    r"|cubed?|sum|product|percent|dozen|hundred|thousand|[mb]illion|over|under|below|above"
-    r"|error|step|case|when|between|from|mod|or|and)\b"
-)  # words beside a formula that make another value of it
+_CHANGING = re.compile(  # words beside a formula that make another value of it
+    r"(?i)\d|\\(?!\()|\b(?:than|least|most|half|twice|double|times|minus|negative|plus|roots?"
+    r"|squared?|cubed?|sum|product|third|percent|dozen|hundred|thousand|[mb]illion|over|under"
+    r"|below|above|let|error|step|case|when|between|from|mod|or|and|but|less|no|add|subtract"
+    r"|multipl\w+|divid\w+|set|because|exceeds?|exclud\w+|bounded|smaller|larger|factor"
+    r"|remainder|without|fails?|short)\b"
+)
 _FORMULAS = re.compile(r"\$[^$\s][^$]*(?<!\s)\$(?:(?:,|,? and|,? or) ?\$[^$]+\$){0,20}")
+_MONEY = re.compile(r"(?<=[a-z] )\$(\d[\d,]*(?:\.\d+)?)(?=,?\s|$)")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\*|$)|\n")
 _DISPLAY = re.compile(r"\\\[([^\[\]]{1,2000}?|.{1,2000}?)\\\]|\$\$([^$]{1,2000})\$\$", re.DOTALL)
 
@@ -103,8 +111,9 @@ def extract_answer(text: str) -> str | None:
     box = boxes[-1][0] if boxes else -1
     last = max(tag, box, *starts)
     if last < 0:
-        return None if text.endswith("?") else _stated(_last_sentence(text))
-    if tag >= 0 and (last == tag or last > tag and last < tag + len(inner)):
+        stated = None if text.endswith(("?", ",", "+", "=")) else _stated(_last_sentence(text))
+        return text if _CHOICE.fullmatch(text) else stated
+    if 0 <= tag <= last <= tag + len(inner):
         text = text[: text.find(inner, tag) + len(inner)]
         if last == tag:
             return inner.strip() or None
@@ -112,7 +121,7 @@ def extract_answer(text: str) -> str | None:
         behind = text[boxes[-1][2] + 1 :]
         return None if _WITHDRAWN.search(behind) else _joined(text, boxes)
     if last == starts[0]:
-        return _value(hashes[1]) or None
+        return None if _WITHDRAWN.search(text, hashes.end()) else _value(hashes[1]) or None
     return _behind_phrase(text, phrase)
 
 
@@ -163,22 +172,16 @@ def _boxes(text: str) -> list[tuple[int, int, int]] | None:
 
 def _joined(text: str, boxes: list[tuple[int, int, int]]) -> str | None:
     first = len(boxes) - 1
-    while first and _is_joint(text[boxes[first - 1][2] + 1 : boxes[first][0]]):
+    while first and _JOINT.fullmatch(text, boxes[first - 1][2] + 1, boxes[first][0]):
         first -= 1
     contents = [text[start:end].strip() for _, start, end in boxes[first:]]
-    before, behind = text[: boxes[first][0]][-12:], text[boxes[-1][2] + 1 :][:40]
+    before, behind = text[: boxes[first][0]][-20:], text[boxes[-1][2] + 1 :][:40]
     if not contents[-1] or _CHANGED_BEFORE.search(before) or _CHANGED_BEHIND.match(behind):
         return None
-    is_negative = re.search(r"[^-\n]-$", before)
+    is_negative = re.search(r"(?<!-)-\$?$", before)
     is_percent = len(contents) == 1 and _PERCENT_BEHIND.match(behind) and "%" not in contents[0]
     joined = ", ".join(dict.fromkeys(contents)) + ("\\%" if is_percent else "")
     return f"-({joined})" if is_negative else joined
-
-
-def _is_joint(between: str) -> bool:
-    if len(between) > 40 or not re.search(r"[,;]|\band\b|\bor\b", between):
-        return False
-    return _JOINT.fullmatch(between) is not None
 
 
 def _last(pattern: re.Pattern, text: str, boxes: list[tuple[int, int, int]]) -> re.Match | None:
@@ -200,7 +203,7 @@ def _behind_phrase(text: str, phrase: re.Match) -> str | None:
     sentence, behind = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
     sentence = _AFTERTHOUGHT.split(sentence, maxsplit=1)[0] or sentence
     withdrawn = _WITHDRAWN.search(rest, len(sentence))
-    is_doubted = _DOUBT.search(before.rpartition(";")[2]) or withdrawn
+    is_doubted = _DOUBT.search(before.rpartition(";")[2]) or withdrawn or behind[:1] == "?"
     if is_doubted or not sentence.isalpha() and _MORE_VALUES.fullmatch(behind[:200]):
         return None
     value = _value(sentence) or None
@@ -222,6 +225,8 @@ def _stated(sentence: str) -> str | None:
     or what stands behind the verb."""
     if _DOUBT.search(_CONTRAST.sub("", sentence)):
         return None
+    if sentence.count("$") == 1:
+        sentence = _MONEY.sub(r"$\1$", sentence)
     value = _value(sentence)
     for part in (value, sentence):
         formulas = list(_FORMULAS.finditer(part))
@@ -239,6 +244,4 @@ def _value(sentence: str) -> str:
     if _DOUBT.search(sentence):
         return sentence
     value = _VERB.split(sentence)[-1].strip()
-    lead_in = _LEAD_IN.match(value)
-    value = value[lead_in.end() :] if lead_in else value
-    return value.replace("\\(", "$").replace("\\)", "$")
+    return _LEAD_IN.sub("", value).replace("\\(", "$").replace("\\)", "$")

@@ -4,7 +4,7 @@ A node is a tuple, its first entry the kind:
     ("num", Fraction, digits)   digits: significant digits as written with a point, 0 for an integer
     ("var", name)  ("const", "pi" | "e" | "i" | "inf" | other)  ("text", words)
     ("add", nodes) ("mul", nodes) ("inv", x) ("neg", x) ("pm", x) ("mp", x) ("pow", base, exponent)
-    ("pct", x)  ("unit", x, ((name, power), ...))
+    ("pct", x)  ("unit", x, ((power, name), ...))
     ("fn", name, nodes)         sqrt is ("fn", "root", (x, n)), |x| is "abs", n! is "factorial"
     ("integral", variable, low, high, body)
     ("list" | "tuple" | "set" | "ratio" | "union" | "minus" | "mod" | "matrix" | "both", nodes)
@@ -61,6 +61,7 @@ _MIXED = re.compile(
 _RAISED = re.compile(r"\^ ?(?:\{ ?((?:\\circ|\\prime)+) ?\}|((?:\\circ|\\prime)+))")
 _PERIOD = re.compile(r"(\d\.\d*)\((\d+)\)")  # 0.1(6)
 _TIMES_TEN = re.compile(r"(?<=\d) ?[xX] ?10 ?\^")
+_CHOOSE = re.compile(r"(?<![A-Za-z\\])C\( ?(\w{1,9}), ?(\w{1,9}) ?\)")  # C(10, 3)
 _MOD = re.compile(r"\(\\?mod (\w+)\)")
 _UNIT_RATIO = re.compile(r"(?<=[\d})] )(k?[mg]|J|N) ?/ ?(k?[mgsh](?:\^2|\^\{2\})?)[ ,;]*$")  # 5 m/s
 _MONEY = re.compile(r"-?\$ ?-?[\d.]")
@@ -68,16 +69,13 @@ _MONEY = re.compile(r"-?\$ ?-?[\d.]")
 
 def normalise(text: str) -> str:
     """The text with one spelling for unicode signs, thousands, powers, dollars and Markdown."""
-    if len(text) > MAX_CHARS:
-        raise NotMath(f"longer than {MAX_CHARS} characters")
     if not text.isascii():
-        text = _fold_unicode(text)
-    text = text.replace("~", " ").replace("\\quad", " ")
-    text = " ".join(text.replace("np.", "").split())  # np.sqrt(2)
-    if text.startswith(("**", "`")):  # Markdown
-        text = text.strip("*`")
+        text = "".join(map(_fold, _RUNS.sub(_script, text)))
+    text = text.replace("~", " ").replace("\\quad", " ").replace("per cent", "percent")
+    text = " ".join(text.replace("np.", "").split()).strip("`")  # np.sqrt(2)
+    text = text.removeprefix("**").removesuffix("**")  # Markdown
     text = _TIMES_TEN.sub(r" \\times 10^", _THOUSANDS.sub("", text))
-    text = _PERIOD.sub(r"\1\\overline{\2}", text)
+    text = _PERIOD.sub(r"\1\\overline{\2}", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
     text = _MOD.sub(r"\\pmod{\1}", _RAISED.sub(r"\1\2 ", _MIXED.sub(_mixed, text)))
     text = text.replace("\\$", "\\dollar ").replace("**", "^").replace("...", "\\ldots ")
     text = text.replace("\\prime", "'")
@@ -93,10 +91,6 @@ def _mixed(match: re.Match) -> str:
     return f"({whole}+{top}/{bottom})" if is_proper else match[0]
 
 
-def _fold_unicode(text: str) -> str:
-    return "".join(map(_fold, _RUNS.sub(_script, text)))
-
-
 def _script(match: re.Match) -> str:
     mark = "^" if match[0][0] in _SUPERSCRIPTS else "_"
     return f"{mark}{{{unicodedata.normalize('NFKC', match[0]).replace('−', '-')}}}"
@@ -105,8 +99,6 @@ def _script(match: re.Match) -> str:
 def _fold(char: str) -> str:
     if char.isascii() or unicodedata.decomposition(char)[:5] in ("<supe", "<sub>"):
         return char
-    if char.isdecimal():
-        return str(unicodedata.decimal(char))
     char = _SIGNS.get(char) or unicodedata.normalize("NFKC", char)
     return re.sub(r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}", char)  # ½
 
@@ -147,35 +139,26 @@ _GREEK = _words(
     " phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell odot"
     " nabla partial mho angle triangle perp oplus top"
 )
-GREEK_WORDS = _words("pi theta alpha beta lambda sigma omega phi mu")  # without a backslash
-_WORD_SIGNS = {
-    **{name: "\\" + name for name in (*GREEK_WORDS, "and", "or", "in")},
-    **dict.fromkeys(("And", "AND"), "\\and"),
-    **dict.fromkeys(("Or", "OR"), "\\or"),
-    **dict.fromkeys(("inf", "infinity", "infty", "oo", "Infinity"), "\\infty"),
-    **dict.fromkeys(("percent", "pct", "Percent"), "\\%"),
-    "union": "\\cup",
-    "mod": "\\pmod",
-    **dict.fromkeys(("negative", "minus"), "-"),
-    "plus": "+",
-}
-_ACCENTS = _words("overline bar vec hat dot ddot tilde widehat underline mathcal")
-_OPENING = _GREEK | _ACCENTS | _words("pi infty frac int emptyset mathbb ldots dollar euro pound")
+WORD_SIGNS = _pairs(  # without a backslash
+    r"pi:\pi theta:\theta alpha:\alpha beta:\beta lambda:\lambda sigma:\sigma omega:\omega phi:\phi"
+    r" mu:\mu and:\and And:\and AND:\and or:\or Or:\or OR:\or in:\in inf:\infty infinity:\infty"
+    r" infty:\infty oo:\infty Infinity:\infty percent:\% pct:\% Percent:\% union:\cup mod:\pmod"
+    r" negative:- minus:- plus:+"
+)
+_ACCENTS = _words("overline bar vec hat dot ddot tilde widehat underline mathcal mathbb")
+_OPENING = _GREEK | _ACCENTS | _words("pi infty frac int emptyset ldots dollar euro pound")
 _FILLER = _words(
-    "the a an about approximately roughly exactly is are units unit total only old long wide tall"
-    " high away each of in all altogether different distinct possible left"
+    "the a an about approximately roughly exactly is are answer total only old long wide tall"
+    " high away each every this of in all altogether different distinct possible left remaining now"
 )
 _CHANGING = _words(  # beside a number they make another one of it
-    "hundred hundreds thousand thousands million millions billion billions dozen dozens score"
-    " half halves quarter quarters times less fewer more than as does percent percents per no or"
-    " over root roots gross basis power square squares cubes tens units ones plus"
+    "hundred hundreds thousand thousands million millions billion billions trillion trillions dozen"
+    " dozens score half halves quarter quarters times less fewer more than as does percent percents"
+    " per no or over root roots gross basis power square squares cubes tens units ones plus upwards"
+    " onwards guess lakhs crores"
 )
-_FRACTION = re.compile(
-    r"(?:third|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand"
-    r"|[mb]illion)th)s"
-)
+_FRACTION = re.compile(r"thirds|(?!months|paths|lengths|depths|births|deaths)\w+ths")
 _WHOLE_WORDS = {word for word in _FILLER if len(word) > 1} | {"per", "sq"}
-_UNIT_CARRIERS = (")", "}", "\\pi")  # a unit may follow, as after a number
 
 
 def tokenise(text: str, in_text: bool = False) -> list[Token]:
@@ -195,7 +178,7 @@ def tokenise(text: str, in_text: bool = False) -> list[Token]:
         if kind == "word":
             value = "inch" if value == "in" and position == len(text) else value
             before = tokens[-1] if tokens else ("", "")
-            can_be_unit = before[0] in ("number", "text") or before[1] in _UNIT_CARRIERS
+            can_be_unit = before[0] in ("number", "text") or before[1] in (")", "}", "\\pi")
             tokens += _word_tokens(value, in_text, can_be_unit)
             continue
         if kind == "command":
@@ -236,11 +219,7 @@ def _braced(text: str, position: int) -> tuple[str, int]:
 def _text_tokens(inner: str) -> list[Token]:
     """What stands in \\text{...}: words and units, or maths unless it begins with a letter."""
     inner = re.sub(r"\\[,;: ]", " ", inner).strip()
-    if re.fullmatch(r"[A-Za-z]+(?:(?:-|[. ']+)[A-Za-z]+)*[. ']*", inner):
-        words = (word.strip("'") for word in re.findall(r"[A-Za-z][A-Za-z'-]*", inner))
-        return [token for word in words for token in _word_tokens(word, True)]
-    is_unit = re.fullmatch(r"[A-Za-z][A-Za-z0-9. /^{}-]*", inner)  # m/s^2
-    return tokenise(inner, in_text=is_unit is not None)
+    return tokenise(inner, re.fullmatch(r"[A-Za-z][A-Za-z0-9. /^{}-]*", inner) is not None)  # m/s^2
 
 
 def _word_tokens(word: str, in_text: bool, can_be_unit: bool = False) -> list[Token]:
@@ -249,8 +228,8 @@ def _word_tokens(word: str, in_text: bool, can_be_unit: bool = False) -> list[To
         return [("letter", word)]
     if word in FUNCTIONS and word != "min":  # the minute
         return [("function", _SYNONYMS.get(word, word))]
-    if word in _WORD_SIGNS:
-        return [("sign", _WORD_SIGNS[word])]
+    if word in WORD_SIGNS:
+        return [("sign", WORD_SIGNS[word])]
     is_unit = can_be_unit and word in UNITS and len(word) > 1
     if in_text or len(word) > 3 or is_unit or word.lower() in _WHOLE_WORDS:
         return [("text", word)]
@@ -267,9 +246,8 @@ _CLOSERS = {
     "(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",),
     "\\langle": ("\\rangle",), "\\lfloor": ("\\rfloor",), "\\lceil": ("\\rceil",),
 }  # fmt: skip
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9}
 _UNIT_EXPONENTS = {"square": 2, "sq": 2, "cubic": 3, "squared": 2, "cubed": 3}
-_CONDITIONS = {"if", "for", "when", "where", "otherwise", "else"}
 
 
 def integer(n: int) -> tuple:
@@ -280,8 +258,8 @@ def parse(text: str) -> tuple:
     """The tree of a whole answer. Raises NotMath."""
     try:
         tokens = tokenise(normalise(text))
-        while tokens and (tokens[0][1] in ("=", ":", "~") or _is_filler(tokens[0])):
-            del tokens[0]
+        while tokens and tokens[0][1].lower() in {"=", ":", "~"} | _FILLER - {"a"}:
+            del tokens[0]  # the "about" of "about 5"
         while tokens and tokens[-1][1] in (".", ",", ";", ":", "\\\\"):
             del tokens[-1]
         parser = _Parser(tokens)
@@ -291,11 +269,6 @@ def parse(text: str) -> tuple:
     if parser.peek() != "":
         raise NotMath(f"unexpected {parser.peek()!r}")
     return node
-
-
-def _is_filler(token: Token) -> bool:
-    """The "about" of "about 5"."""
-    return token[0] == "text" and token[1].lower() in _FILLER
 
 
 class _Parser:
@@ -369,16 +342,20 @@ class _Parser:
         return node
 
     def relation(self) -> tuple:
-        nodes, operators = [self.sum()], []
+        nodes, operators = [self.ratio()], []
         while self.peek() in _RELATIONS:
             operators.append(self.take().strip("\\"))
             is_set = operators[-1] in ("=", "in")
-            nodes.append(self.joined_sets(self.sum) if is_set else self.sum())
-        while self.depth == 0 and not operators and self.accept(":"):
+            nodes.append(self.joined_sets(self.ratio) if is_set else self.ratio())
+        if self.accept("\\pmod"):  # x = 3 (mod 7)
+            nodes[-1] = ("mod", (nodes[-1], self.argument()))
+        return ("rel", tuple(nodes), tuple(operators)) if operators else nodes[0]
+
+    def ratio(self) -> tuple:
+        nodes = [self.sum()]
+        while self.depth == 0 and self.accept(":"):
             nodes.append(self.sum())
-        node = nodes[0] if len(nodes) == 1 else ("ratio", tuple(nodes))
-        node = ("rel", tuple(nodes), tuple(operators)) if operators else node
-        return ("mod", (node, self.argument())) if self.accept("\\pmod") else node
+        return nodes[0] if len(nodes) == 1 else ("ratio", tuple(nodes))
 
     def sum(self) -> tuple:
         items = []
@@ -393,7 +370,7 @@ class _Parser:
 
     def term(self) -> tuple:
         factors = [self.factor()]
-        can_have_unit = factors[0][0] in ("num", "neg", "pct", "unit")
+        can_have_unit = factors[0][0] in ("num", "pct", "unit")
         while True:
             is_letter = can_have_unit and self.kind() == "letter" and not self.at("e", "i")
             if self.accept("*", "\\cdot", "\\times"):
@@ -401,11 +378,11 @@ class _Parser:
             elif self.accept("/"):
                 factors.append(("inv", self.factor()))
             elif self.kind() == "text" and factors[0][0] == "num" and self.peek() in _SCALES:
-                factors.append(integer(_SCALES[self.take()]))
+                factors.append(("pow", integer(10), integer(_SCALES[self.take()])))
             elif self.kind() == "text" or is_letter:  # 5 \text{m}
                 return ("unit", product(factors), self.unit())
-            elif self.kind() == "sign" and self.peek() in _CURRENCIES and self.kind(1) != "number":
-                return ("unit", product(factors), ((_CURRENCIES[self.take()], 1),))
+            elif self.peek() in _CURRENCIES and self.kind(1) != "number":  # 5 \euro
+                return ("unit", product(factors), ((1, _CURRENCIES[self.take()]),))
             elif self.starts_factor():
                 factors.append(self.power())
             else:
@@ -428,6 +405,8 @@ class _Parser:
         node = self.power()
         if negative and node[0] in ("unit", "pct"):
             return (node[0], ("neg", node[1]), *node[2:])
+        if negative and node[0] == "num":
+            return ("num", -node[1], node[2])
         return ("neg", node) if negative else node
 
     def power(self) -> tuple:
@@ -439,10 +418,12 @@ class _Parser:
                 node = ("pct", node)
             elif node[0] == "var" and self.accept("'"):
                 node = ("var", node[1] + "'")
+            elif node[0] == "var" and self.accept("_"):  # {g}_{k}
+                node = ("var", f"{node[1]}_{self.subscript()}")
             elif self.accept("\\circ"):
                 is_temperature = self.peek() in ("C", "F") and self.kind() != "sign"
                 name = "deg" + self.take() if is_temperature else "deg"
-                node = ("unit", node, ((name, 1),))
+                node = ("unit", node, ((1, name),))
             elif self.accept("^"):
                 node = ("pow", node, self.exponent())
             else:
@@ -451,15 +432,9 @@ class _Parser:
 
     def exponent(self) -> tuple:
         self.deeper()
-        if self.accept("{"):
-            node = self.sum()
-            self.expect("}")
-        elif self.at("+", "-"):
-            node = self.factor()
-        else:
-            node = self.atom()
-            if self.accept("^"):
-                node = ("pow", node, self.exponent())
+        node = self.factor() if self.at("+", "-") else self.atom()
+        if self.accept("^"):
+            node = ("pow", node, self.exponent())
         self.depth -= 1
         return node
 
@@ -546,7 +521,7 @@ class _Parser:
             arguments = (self.function_argument(),)
             self.depth -= 1
         arguments = arguments if base is None else (*arguments, base)
-        if power == ("neg", integer(1)):
+        if power == integer(-1):
             return ("fn", {"sin": "asin", "cos": "acos", "tan": "atan"}.get(name, "?"), arguments)
         node = ("fn", name, arguments)
         return node if power is None else ("pow", node, power)
@@ -554,7 +529,7 @@ class _Parser:
     def function_argument(self) -> tuple:
         """sin 2x cos x is sin(2x) cos(x); sin x / 2 is sin(x) / 2."""
         factors = [self.factor()]
-        while self.starts_factor() and self.kind() != "function" and not self.at("(", "["):
+        while self.starts_factor() and self.kind() != "function" and not self.at("(", "[", "d"):
             factors.append(self.power())
         return product(factors)
 
@@ -609,32 +584,29 @@ class _Parser:
         if name in ("pi", "infty"):
             return ("const", "pi" if name == "pi" else "inf")
         if value in _CURRENCIES:
-            return ("unit", self.factor(), ((_CURRENCIES[value], 1),))
+            return ("unit", self.factor(), ((1, _CURRENCIES[value]),))
         if name == "emptyset":
             return ("set", ())
-        if name == "mathbb":
-            return ("var", "mathbb " + self.subscript())
-        if name == "ldots":
-            return ("text", "...")
         if name == "int":
             return self.integral()
         if value.startswith("\\begin{"):
             return self.matrix(value[7:-1])
         if name in _ACCENTS:
             return self.variable(f"{name} {self.subscript()}")
-        if name in ("angle", "triangle"):
+        if name in ("ldots", "angle", "triangle"):
             return ("text", name)
         if name in _GREEK:
             return self.variable(value)
         raise NotMath(f"unknown {value!r}")
 
     def integral(self) -> tuple:
-        low = self.argument() if self.accept("_") else None
-        high = self.exponent() if self.accept("^") else None
+        self.expect("_")
+        low = self.argument()
+        self.expect("^")
+        high = self.exponent()
         body = self.sum()
         factors = list(body[1]) if body[0] == "mul" else []
-        has_dx = len(factors) > 2 and factors[-2] == ("var", "d") and factors[-1][0] == "var"
-        if not has_dx or (low is None) != (high is None):
+        if len(factors) < 3 or factors[-2] != ("var", "d") or factors[-1][0] != "var":
             raise NotMath("an integral needs its dx")
         return ("integral", factors[-1][1], low, high, product(factors[:-2]))
 
@@ -652,6 +624,8 @@ class _Parser:
         rows = [row for row in rows if row]
         if not rows or len({len(row) for row in rows}) != 1:
             raise NotMath("the rows of a matrix must be of one length")
+        if len(rows[0]) == 1:  # a column is a vector
+            return ("tuple", tuple(row[0] for row in rows))
         return ("matrix", tuple(("tuple", tuple(row)) for row in rows))
 
     def unit(self) -> tuple[tuple[str, int], ...]:
@@ -663,8 +637,6 @@ class _Parser:
         while self.kind() in ("text", "letter", "word") or self.at("/", "\\cdot", "*"):
             kind = self.kind()
             word = self.take().lower()
-            if word in _CONDITIONS:
-                raise NotMath("a condition is no unit")
             if word in ("/", "per"):
                 sign = -1
             elif word in _UNIT_EXPONENTS:
@@ -676,20 +648,14 @@ class _Parser:
                 is_known = name in UNITS.values()
                 is_plural = len(word) > 3 and word.endswith("s") and not _FRACTION.fullmatch(word)
                 changes |= word in _CHANGING
-                powers[name] = powers.get(name, 0) + self.unit_power() * ahead * sign
+                exponent = self.exponent() if self.accept("^") else integer(1)
+                if exponent[0] != "num" or exponent[1] not in range(-9, 10):
+                    raise NotMath("not a unit's power")
+                powers[name] = powers.get(name, 0) + int(exponent[1]) * ahead * sign
                 ahead = 1
         if ahead > 1 or changes or name and not (is_known or is_plural):
             powers["?"] = 1  # may be no unit: the number without it is another answer
-        return tuple(sorted((name, power) for name, power in powers.items() if power))
-
-    def unit_power(self) -> int:
-        if not self.accept("^"):
-            return 1
-        exponent = self.exponent()
-        sign, exponent = (-1, exponent[1]) if exponent[0] == "neg" else (1, exponent)
-        if exponent[0] != "num" or exponent[1] not in range(1, 10):
-            raise NotMath("not a unit's power")
-        return sign * int(exponent[1])
+        return tuple(sorted((power, name) for name, power in powers.items() if power))
 
 
 def product(factors: list[tuple]) -> tuple:

@@ -37,31 +37,19 @@ def _to_sympy(node: tuple):
 
     kind, *rest = node
     if kind == "num":
-        return sympy.Rational(rest[0].numerator, rest[0].denominator)
+        return sympy.Rational(rest[0])
     if kind == "var":
         return sympy.Symbol(rest[0])
     if kind == "const":
         return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "inf": sympy.oo}[rest[0]]
     if kind in ("add", "mul"):
         return (sympy.Add if kind == "add" else sympy.Mul)(*map(_to_sympy, rest[0]))
-    if kind in _OPERATIONS:
-        return _OPERATIONS[kind](*map(_to_sympy, rest))
     if kind == "integral":
-        variable, low, high, body = rest
-        symbol = sympy.Symbol(variable)
-        bounds = symbol if low is None else (symbol, _to_sympy(low), _to_sympy(high))
-        return sympy.Integral(_to_sympy(body), bounds)
-    if kind == "fn" and rest[0] in _FUNCTIONS:
-        return getattr(sympy, _FUNCTIONS[rest[0]])(*map(_to_sympy, rest[1]))
-    raise ValueError(f"{kind} has no sympy form")
-
-
-_OPERATIONS = {
-    "inv": lambda x: 1 / x,
-    "neg": lambda x: -x,
-    "pow": lambda x, y: x**y,
-    "pct": lambda x: x / 100,
-}
-_SAME_NAME = "root sin cos tan cot sec csc asin acos atan sinh cosh tanh log exp floor factorial"
-_FUNCTIONS = {name: name for name in _SAME_NAME.split(" ")}
-_FUNCTIONS |= {"ln": "log", "abs": "Abs", "ceil": "ceiling", "binom": "binomial"}
+        variable, *parts = rest
+        low, high, body = map(_to_sympy, parts)
+        return sympy.Integral(body, (sympy.Symbol(variable), low, high))
+    if kind == "fn":  # one of latex.FUNCTIONS
+        name = {"ln": "log", "abs": "Abs"}.get(rest[0], rest[0])
+        return getattr(sympy, name)(*map(_to_sympy, rest[1]))
+    operations = {"inv": lambda x: 1 / x, "neg": lambda x: -x, "pow": sympy.Pow}
+    return operations[kind](*map(_to_sympy, rest))

@@ -6,10 +6,10 @@ _NAMES = {
     "oz": "ounce", "s": "sec second", "min": "minute mins", "h": "hr hour", "yr": "year",
     "l": "liter litre", "ml": "mL milliliter", "mph": "", "dollar": "usd USD", "deg": "degree",
     "N": "newton", "J": "joule", "kJ": "kilojoule", "W": "watt", "kW": "kilowatt", "V": "volt",
-    "eV": "", "keV": "", "MeV": "", "Hz": "hertz", "rad": "radian",
+    "eV": "", "keV": "", "MeV": "", "Hz": "hertz", "rad": "radian", "week": "",
     "mol": "mole", "C": "coulomb", "Pa": "pascal", "ohm": "", "cal": "calorie", "day": "",
     "people": "person", "child": "children", "man": "men", "woman": "women", "fish": "sheep",
-    "cent": "", "nm": "", "ms": "", "kPa": "", "atm": "", "mile": "mi", "yd": "yard",
+    "cent": "", "month": "", "nm": "", "ms": "", "kPa": "", "atm": "", "mile": "mi", "yd": "yard",
 }  # fmt: skip
 UNITS = {name: unit for unit, names in _NAMES.items() for name in (unit, *names.split())}
 
@@ -20,4 +20,4 @@ def unit_of(word: str) -> str:
     for form in (word, lower, lower.removesuffix("s")):
         if form in UNITS:
             return UNITS[form]
-    return lower.removesuffix("s") if len(word) > 3 and not lower.endswith("ss") else lower
+    return lower.removesuffix("s") if len(word) > 3 and not lower.endswith("ss") else word

@@ -26,6 +26,7 @@ NESTS = [  # what opens, what closes
     *[("\\begin{pmatrix}1&", "\\end{pmatrix}"), ("\\int_0^1 ", " dx"), ("\\left(", "\\right)")],
     *[("x>1 and (", ")"), ("5 \\text{ m}(", ")"), ("-(", ")"), ("(", ")!"), ("(x+y)(", ")")],
     *[("1=-2/(x+", ")^2"), ("\\{a=1 \\text{ or } ", "\\}"), ("<answer>", "</answer>")],
+    *[("C(10,", ")"), ("x=1,y=(", ")"), ("\\frac{AB}{", "}=2"), ("S:T=(", ")"), ("2x>(", ")")],
 ]
 CORES = ["1", "x", "n", "\\sqrt{2}", "x=1", "1,2", "\\pm 2", "e", "\\pi", "x>1", ""]
 REPEATS = [  # what a regex might run over again and again
@@ -36,6 +37,7 @@ REPEATS = [  # what a regex might run over again and again
     *["</think>", "<think>"],
     *["\\[", "\\[1\\]", "$$", "$1$", "$1$ and ", "is ", "so ", "the ", "not ", "a-", "m ",
       "\\circ", "^\\circ", "\\prime", "\\mod ", "(mod 7)", "x 10^", "1/", "1-", "A. ", "¹", "½"],
+    *["C(1,", "p=1,q=2;", "S:", "5 per cent ", "$5 ", "2x>", "x>2 or "],
     *["&", "\\\\", "\\cup ", "\\infty", "e^", "n!", "\\ln x ", "x=", "x<", "A", "I hope it is "],
 ]  # fmt: skip
 GOLDS = ["42", "C", "\\{1,2\\}", "x^2+\\sqrt{2}", "(0,1)", "\\lfloor n/7 \\rfloor", "x=1,y=2",
@@ -43,16 +45,16 @@ GOLDS = ["42", "C", "\\{1,2\\}", "x^2+\\sqrt{2}", "(0,1)", "\\lfloor n/7 \\rfloo
 
 
 def slowest(text: str, golds: list[str]) -> float:
-    """The seconds of the slowest call with this text: as a response, an answer and a gold."""
+    """The CPU seconds of the slowest call with this text: as a response, an answer and a gold."""
     calls = [lambda: extract_answer(text), lambda: verify_countdown(text, (3, 5, 2), 16)]
     for gold in golds:
         calls += [lambda gold=gold: compare(gold, text), lambda gold=gold: compare(text, gold)]
     calls += [lambda: compare(text, text + " "), lambda: compare(text, text.replace("1", "2"))]
     seconds = []
     for call in calls:
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return max(seconds)
 
 
@@ -77,7 +79,10 @@ def main() -> None:
     end, worst, count = time.monotonic() + seconds, 0.0, 0
     while time.monotonic() < end:
         text = random_text(rng)
-        found, count = slowest(text, [rng.choice(GOLDS)]), count + 1
+        golds, count = [rng.choice(GOLDS)], count + 1
+        found = slowest(text, golds)
+        if found > LIMIT_S:  # again: the garbage collector may have run
+            found = min(found, slowest(text, golds))
         worst = max(worst, found)
         if found > LIMIT_S:
             print(f"{found:.2f} s: {text[:200]!r} ({len(text)} characters)", flush=True)

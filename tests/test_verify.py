@@ -194,6 +194,9 @@ NAMED_FAULTS = {  # class of verify_cases.jsonl: the fault that its cases would 
     "question": "an exercise such as 17 * 23 is the number that it asks for",
     "spellings": "escaped backslashes and values behind \\quad are not read",
     "modulo": "3 (mod 7) is 4, or 3 (mod 8)",
+    "around_box": "what changes a box's value (at least, half of, a second value) is not read",
+    "labelled": "AB : CD = 1 : 2 is 2 : 1, or y / x = x is x",
+    "groups": "the values of x = 1, y = 2; x = 3, y = 4 change places",
 }
 
 
@@ -412,47 +415,47 @@ def test_answers_match_fast():
 def test_worker_killed_at_deadline_and_replaced():
     """Would wait for sympy for ever (SIGALRM does not stop it), or be left without a worker after
     one was killed."""
-    assert answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
+    assert answers_match("\\int_0^1 x^2 dx", "\\frac{1}{3}", timeout_s=20.0).correct
     pid = workers._idle[-1].process.pid
     start = time.perf_counter()
-    assert answers_match("42", SLOW_INTEGRAL, timeout_s=1.0).reason == "timeout"
+    assert answers_match(SLOW_INTEGRAL, "42", timeout_s=1.0).reason == "timeout"
     assert time.perf_counter() - start < 2.0
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    assert answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
+    assert answers_match("\\int_0^1 x^2 dx", "\\frac{1}{3}", timeout_s=20.0).correct
 
 
 def test_worker_reused():
     """Would start a process, and import sympy, for every verdict."""
-    answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0)
+    answers_match("\\int_0^1 x^2 dx", "\\frac{1}{3}", timeout_s=20.0)
     pid = workers._idle[-1].process.pid
     for n in range(3):
         assert answers_match(
-            f"\\frac{{1}}{{{n + 1}}}", f"\\int_0^1 x^{{{n}}} dx", timeout_s=20.0
+            f"\\int_0^1 x^{{{n}}} dx", f"\\frac{{1}}{{{n + 1}}}", timeout_s=20.0
         ).correct
     assert workers._idle[-1].process.pid == pid
 
 
 def test_worker_death_is_no_reward():
     """Would raise, or hang, when a worker is killed from outside (out of memory)."""
-    answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0)
+    answers_match("\\int_0^1 x^2 dx", "\\frac{1}{3}", timeout_s=20.0)
     os.kill(workers._idle[-1].process.pid, signal.SIGKILL)
-    assert not answers_match("\\frac{1}{4}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
-    assert answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
+    assert not answers_match("\\int_0^1 x^2 dx", "\\frac{1}{4}", timeout_s=20.0).correct
+    assert answers_match("\\int_0^1 x^2 dx", "\\frac{1}{3}", timeout_s=20.0).correct
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_worker_outlives_the_signals_that_stop_a_run(number):
     """Fault: Ctrl-C reaches the workers too, and verdicts of the run's last step read "timeout"."""
-    assert answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
+    assert answers_match("\\int_0^1 x^2 dx", "\\frac{1}{3}", timeout_s=20.0).correct
     os.kill(workers._idle[-1].process.pid, number)
     time.sleep(0.5)
-    assert answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0).correct
+    assert answers_match("\\int_0^1 x^2 dx", "\\frac{1}{3}", timeout_s=20.0).correct
 
 
 def test_worker_memory_bounded():
     """Would let one answer take all memory of the machine."""
-    answers_match("\\frac{1}{3}", "\\int_0^1 x^2 dx", timeout_s=20.0)
+    answers_match("\\int_0^1 x^2 dx", "\\frac{1}{3}", timeout_s=20.0)
     pid = workers._idle[-1].process.pid
     assert resource.prlimit(pid, resource.RLIMIT_AS) == (workers.MEMORY,) * 2
 
@@ -466,7 +469,7 @@ def test_workers_from_threads():
             target=lambda n=n: verdicts.update(
                 {
                     n: answers_match(
-                        f"1/{n + 1 + n % 2}", f"\\int_0^1 x^{n} dx", timeout_s=20.0
+                        f"\\int_0^1 x^{n} dx", f"1/{n + 1 + n % 2}", timeout_s=20.0
                     ).correct
                 }
             )
@@ -486,12 +489,12 @@ def test_workers_from_threads():
 def test_verify_many_order_with_workers():
     """Would return verdicts in the order in which the workers finish."""
     problems = [
-        Problem(answer="1/3"),
+        Problem(answer="\\int_0^1 x^2 dx"),
         Problem(answer="42"),
         Problem(kind="countdown", numbers=(4, 2), target=2),
-        Problem(answer="1/2"),
+        Problem(answer="\\int_0^1 x^2 dx"),
     ]
-    responses = ["\\boxed{\\int_0^1 x^2 dx}", "42", "4 - 2", "\\boxed{\\int_0^1 x^2 dx}"]
+    responses = ["\\boxed{1/3}", "42", "4 - 2", "\\boxed{1/2}"]
     assert [v.correct for v in verify_many(problems, responses, timeout_s=20.0)] == [
         True,
         True,

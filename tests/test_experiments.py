@@ -1,0 +1,258 @@
+"""experiments/: statistics, summaries of runs, and the variants of the algorithm."""
+
+import inspect
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL_RUN
+
+import rloop
+from config import load_config
+from experiments import ablations, common, headline, map, phenomena, variants
+
+EASY_GAMES = [  # the base policy solves a quarter of them
+    *("--data.train", str(ROOT / "tests" / "easy_games.jsonl")),
+    *("--data.eval", str(ROOT / "tests" / "easy_heldout.jsonl")),
+]
+VARIANTS = [
+    name
+    for name, f in inspect.getmembers(variants, inspect.isfunction)
+    if f.__module__ == variants.__name__ and not name.startswith("_") and name != "weights_of_theta"
+]
+
+
+@pytest.fixture
+def small_variant(tmp_path, monkeypatch):
+    """Runs a variant (or "" for RLoop itself) in a few small steps, and returns its weights."""
+
+    def run(variant: str, name: str, *overrides: str) -> tuple[bytes, list[dict]]:
+        with monkeypatch.context() as patch:
+            for attribute, value in vars(rloop).items():
+                if callable(value):
+                    patch.setattr(rloop, attribute, value)  # undone at the end
+            if variant:
+                getattr(variants, variant)()
+            path = str(tmp_path / name)
+            flags = [*SMALL_RUN, *EASY_GAMES, *overrides, "--iterations", "3", "--run_dir", path]
+            rloop.run_method(load_config(ROOT / "experiments" / "countdown.toml", flags))
+        last = sorted((tmp_path / name / "policies").iterdir())[-1]  # theta_3, of plain RL rl_1
+        return (last / "model.safetensors").read_bytes(), common.evaluations(tmp_path / name)
+
+    return run
+
+
+def test_every_variant_is_used_and_documented():
+    """Fault: an arm of an experiment names a variant that does not exist."""
+    used = {variant for arms in ablations.ARMS.values() for variant, _ in arms.values()} - {""}
+    assert used == set(VARIANTS)
+    assert all(inspect.getdoc(getattr(variants, name)) for name in VARIANTS)
+
+
+def test_variants_change_the_run(small_variant):
+    """Fault: a variant replaces what nothing calls, and its row of the table is RLoop's again."""
+    plain, _ = small_variant("", "plain")
+    again, _ = small_variant("", "again")
+    assert plain == again
+    for name in VARIANTS:
+        method = dict.fromkeys(["entropy_bonus"], ("--method", "rl")).get(name, ())
+        reference = small_variant("", f"{name}-plain", *method)[0] if method else plain
+        assert small_variant(name, name, *method)[0] != reference, name
+
+
+def test_evaluations_of_a_run(small_variant, tmp_path):
+    """Fault: the cost of a run leaves out RFT, or counts the evaluations."""
+    _, found = small_variant("", "run")
+    assert [e["policy"] for e in found] == ["base", *["rl", "rl", "rft"] * 3]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    tokens = 0
+    for i in range(3):
+        for file, epochs in (("experts", 2),):
+            path = tmp_path / "run" / file / f"iteration_{i + 1}.jsonl"
+            tokens += epochs * sum(len(json.loads(line)["ids"]) for line in path.open())
+    updates = [r for r in records if r["phase"] == "rl" and "rl/loss" in r]
+    tokens += sum(32 * (1 - r["rl/flat_share"]) * r["rl/len_mean_tok"] for r in updates)
+    assert found[-1]["tokens"] == pytest.approx(tokens, abs=1)
+    assert 0 < found[-1]["seconds"] < records[-1]["time/total_s"]
+    assert [e["seconds"] for e in found] == sorted(e["seconds"] for e in found)
+
+
+def test_paired_gain():
+    """Fault: the interval is that of unpaired arms, or of the problems alone."""
+    rng = np.random.default_rng(1)
+    problem_P, seed_S1 = rng.random(200), rng.normal(0, 0.1, (8, 1))
+    a_SP = problem_P + 0.1 + rng.normal(0, 0.01, (8, 200))
+    mean, low, high, relative = common.paired_gain(a_SP, np.tile(problem_P, (8, 1)))
+    assert low < 0.1 < high and high - low < 0.01 and mean == pytest.approx(0.1, abs=0.005)
+    assert relative == pytest.approx(a_SP.mean() / problem_P.mean() - 1)
+    # a difference that varies by seed alone: its standard error is std / sqrt(seeds)
+    _, low, high, _ = common.paired_gain(problem_P + seed_S1, np.tile(problem_P, (8, 1)))
+    wanted = 2 * 1.96 * seed_S1.std() / np.sqrt(8)
+    assert high - low == pytest.approx(wanted, rel=0.1)
+
+
+def test_best_checkpoint_and_closest():
+    """Fault: the best checkpoint is chosen on the games that are reported, or behind the budget."""
+
+    def evaluation(steps, validation, test, tokens):
+        counts = [validation] * headline.VALIDATION + [test] * headline.TEST
+        text = " ".join(map(str, counts))
+        return {"policy": "rl", "rl_steps": steps, "num_correct": text, "tokens": tokens}
+
+    found = [evaluation(100, 3, 1, 10), evaluation(300, 2, 9, 30), evaluation(400, 9, 9, 45)]
+    assert headline.best_checkpoint({"evaluations": found}) is found[0]
+    assert headline.at_steps({"evaluations": found}, "rl") is found[1]
+    assert headline.closest({"evaluations": found}, "tokens", 40) is found[2]
+    assert headline.quality(found[1]) == pytest.approx(np.sqrt((2 * 100 + 9 * 400) / 500 / 32))
+
+
+def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
+    """Fault: a continued experiment starts from nothing, or keeps the result of another command."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    ran = []
+
+    def run(name, command):
+        ran.append((name, *command))
+        return {"evaluations": command}
+
+    monkeypatch.setattr(common, "_run", run)
+    common.run_all("x", {"a": ["1"], "b": ["2"]}, jobs=2)
+    results = common.run_all("x", {"b": ["2"], "a": ["3"]}, jobs=1)
+    assert sorted(ran) == [("a", "1"), ("a", "3"), ("b", "2")]
+    assert results == {
+        name: {"command": c, "evaluations": [c]} for name, c in (("b", "2"), ("a", "3"))
+    }
+
+
+def test_headline_report(tmp_path, monkeypatch):
+    """Fault: an arm is read at another step, the validation games are reported, or a gain has the
+    wrong sign or interval."""
+
+    def result(command):
+        """Scores that depend on the arm alone: every test game is solved so often of 32."""
+        lr = command[command.index("--rl.lr") + 1] if "--rl.lr" in command else None
+        per_game = {"0": 2, "6e-5": 4, "1e-4": 8}.get(lr, 1)
+        plain = "rl" in command
+        steps = (0, 100, 300, 400) if plain else (0, 75, 150, 225, 300)
+        found = []
+        for step in steps:
+            solved = per_game + (step == 100) if step else 1
+            counts = " ".join(["32"] * headline.VALIDATION + [str(solved)] * headline.TEST)
+            for policy in ("base",) if step == 0 else ("rl",) if plain else ("rl", "rft"):
+                cost = {"seconds": step * 0.1, "tokens": step * (100 if plain else 110)}
+                place = {"policy": policy, "iteration": 0, "rl_steps": step}
+                found.append(place | cost | {"num_correct": counts})
+        return {"evaluations": found}
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    everything = {}
+    monkeypatch.setattr(
+        headline,
+        "run_all",
+        lambda experiment, commands, jobs: (
+            everything.update(commands)
+            or {name: result(command) for name, command in commands.items()}
+        ),
+    )
+    best = {
+        "rl": "lr 6e-5",
+        "rft": "4 rounds, 6 epochs, cap 10",
+        "rloop": "4 iterations, lr 1e-4, 6 epochs, cap 10",
+    }
+    headline.report(best, jobs=1)
+    text = (tmp_path / "headline.md").read_text()
+    tables = [[line.split("|") for line in part.splitlines()] for part in text.split("\n\n")]
+    rows, strata = ({row[1].strip(): row for row in rows} for rows in tables)
+    assert rows.keys() - strata.keys() == {"policy"} and len(tables[0]) == len(tables[1])
+    assert all(len({len(row) for row in rows}) == 1 for rows in tables)
+    assert strata["plain RL, lr 6e-5"][2:5] == ["  ", " 0.125 / 1.000 ", "  "]
+    plain = rows["plain RL, lr 6e-5"]
+    assert (
+        plain[5].strip() == "0.125 ± 0.000" and plain[6].strip() == "+0.125 [+0.125, +0.125], +100%"
+    )
+    assert [cell.strip() for cell in rows["plain RL, its best checkpoint"][2:6:3]] == [
+        "100",
+        "0.156 ± 0.000",
+    ]
+    assert rows["plain RL at RLoop's training tokens"][2].strip() == "300"
+    assert rows["RLoop, 4 iterations, lr 1e-4, 6 epochs, cap 10"][6].strip() == ""
+    assert len(everything) == 3 * 8 + 1 and (tmp_path / "headline.png").exists()
+
+
+def fake_results(monkeypatch, tmp_path, module, solved_of) -> None:
+    """Instead of runs: evaluations in which every game is solved solved_of(name) times of 32."""
+
+    def run_all(experiment, commands, jobs):
+        found = {}
+        for name in commands:
+            place = {"policy": "base", "rl_steps": 0, "num_correct": " ".join(["1"] * 10)}
+            end = " ".join([str(solved_of(name))] * 9 + ["0"])
+            last = {"policy": "rl", "rl_steps": 300, "num_correct": end}
+            found[name] = {"evaluations": [place, last]}
+        return found
+
+    for target in (common, module):
+        monkeypatch.setattr(target, "RESULTS", tmp_path, raising=False)
+    monkeypatch.setattr(module, "run_all", run_all)
+
+
+def test_ablations_report(tmp_path, monkeypatch):
+    """Fault: an arm is compared with another seed's RLoop, or with itself."""
+    solved = {"RLoop": 16, "no cap": 8, "RFT 24 epochs": 32}
+    name_of = lambda path: path.split("/")[1]  # noqa: E731
+    fake_results(monkeypatch, tmp_path, ablations, lambda path: solved.get(name_of(path), 4))
+    ablations.main("ablations", jobs=1)
+    lines = (tmp_path / "ablations.md").read_text().splitlines()
+    rows = {line.split(" | ")[0]: line for line in lines}
+    assert rows["| no cap"] == (
+        "| no cap | 0.225 ± 0.000 | -0.225 [-0.250, -0.175] "
+        "| 0.900 ± 0.000 | +0.000 [+0.000, +0.000] |"
+    )
+    assert rows["| RLoop"] == "| RLoop | 0.450 ± 0.000 |  | 0.900 ± 0.000 |  |"
+    assert len(lines) == 2 + len(ablations.ABLATIONS)
+
+
+def test_map_report(tmp_path, monkeypatch):
+    """Fault: the winner of a cell is not the arm with the best score, or a cell is another's."""
+    winner = {"3-0-100": "pure RFT", "5-2560-1600": "plain RL"}
+
+    def solved_of(name):
+        cell, arm = name.split("/")[1], name.split("/")[-1]
+        best = winner.get(cell, "RLoop")
+        return 16 if arm.startswith(best) and "3e-5" not in arm else 8
+
+    fake_results(monkeypatch, tmp_path, map, solved_of)
+    map.main(jobs=1)
+    lines = (tmp_path / "map.md").read_text().splitlines()
+    assert len(lines) == 2 + 27 and all(line.count("|") == lines[0].count("|") for line in lines)
+    assert "| 3 | 0.031 | 100 | 0.225 | 0.225 | 0.450 | 0.900 | 0.900 | 0.900 |" in lines
+    assert "| 5 | 0.031 | 1600 | 0.225 | 0.450 | 0.225 | 0.900 | 0.900 | 0.900 |" in lines
+    assert (tmp_path / "map.png").exists()
+
+
+def test_diversity_and_flips(tmp_path):
+    """Fault: responses to different problems are compared, or of one step as of two."""
+    a, b = [1, 2, 3, 4, 5], [9, 8, 7, 6, 5]
+    records = [(1, "p", a), (1, "p", a), (1, "q", a), (1, "q", b), (2, "p", a), (2, "p", a)]
+    file = tmp_path / "trajectories" / "iteration_1.jsonl"
+    file.parent.mkdir()
+    lines = [json.dumps({"step": s, "problem": p, "ids": ids}) for s, p, ids in records]
+    file.write_text("\n".join(lines))
+    found = phenomena.diversity(tmp_path)
+    assert found["within"] == pytest.approx([0.5, 1.0])  # p: 1, q: 0
+    assert found["between"] == [None, pytest.approx(1.0)]
+    evaluations = [{"num_correct": text} for text in ("1 1 0 0", "0 3 1 0", "0 0 0 0")]
+    assert phenomena.flips({"evaluations": evaluations}) == pytest.approx([0.25, 0.5])
+
+
+def test_phenomena_report(small_variant, tmp_path, monkeypatch):
+    """Fault: the report fails on the records of a real run."""
+    fake_results(monkeypatch, tmp_path, phenomena, lambda name: 8)
+    monkeypatch.setattr(phenomena, "RUNS", tmp_path)
+    for arm in phenomena.ARMS:
+        for seed in phenomena.SEEDS:
+            small_variant("", f"phenomena/{arm}/{seed}", "--seed", str(seed))
+    phenomena.main(jobs=1)
+    text = (tmp_path / "phenomena.md").read_text()
+    assert "| avg@32 | 0.225 ± 0.000 | 0.225 ± 0.000 |" in text and "nan" not in text
+    assert (tmp_path / "phenomena.png").exists()

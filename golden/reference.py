@@ -35,10 +35,11 @@ from rloop import Trajectory
 from run import Progress
 
 DTYPE = torch.float64
-FUNCTIONS = {}
+FUNCTIONS = {}  # by name; the inputs of a case are their keyword arguments
 
 
 def function(f):
+    """Enters a function in FUNCTIONS."""
     FUNCTIONS[f.__name__] = f
     return f
 

@@ -4,6 +4,7 @@ and the runner tells right from wrong."""
 import ast
 import json
 import operator
+import subprocess
 import sys
 from fractions import Fraction
 from functools import cache
@@ -11,6 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from golden import check, flags, make, model_cases, mutants, pcg64, reference, verdict_cases
 from golden.vectors import FOLDER, bundle, differences, dump, load_documents, resolve

@@ -17,15 +17,15 @@ from answers.extract import extract_boxed, extract_tagged, final_part
 from config import UserError
 
 MAX_VALUE = 99  # of targets and intermediate results: every number up to it is one token
-OPERATORS = ("+", "-", "*")
+OPERATORS = "+-*"
 # tenths of all sets of numbers
 BUCKETS = {"heldout": (0, 1), "search": (2, 3), "train": (4, 5, 6), "demonstrations": (7, 8, 9)}
 MAX_MISSES = 5_000  # derivations in a row without a new game: the split is exhausted
 
 # What makes the embedded base policy like an LLM before RL (ours): it learns the skills, then a
 # habit. Share of demonstrations whose target is another game's, share of derivations that combine
-# the first two numbers first.
-STAGES = {"skills": (0.3, 0.0), "habit": (1.0, 0.9)}
+# the first two numbers first, operators to draw from.
+STAGES = {"skills": (0.3, 0.0, OPERATORS), "habit": (1.0, 0.9, "++++++++-*")}
 
 Game = tuple[tuple[int, ...], int]  # numbers, target
 
@@ -42,7 +42,10 @@ def split_of(numbers: tuple[int, ...]) -> str:
 
 
 def random_derivation(
-    numbers: tuple[int, ...], rng: np.random.Generator, in_order: bool = False
+    numbers: tuple[int, ...],
+    rng: np.random.Generator,
+    in_order: bool = False,
+    operators: str = OPERATORS,
 ) -> tuple[str, int] | None:
     """Combine two random numbers of the board (in_order: its first two) until one is left.
 
@@ -51,7 +54,7 @@ def random_derivation(
     while len(board) > 1:
         pair = [board.pop(0 if in_order else int(rng.integers(len(board)))) for _ in range(2)]
         a, b = pair if rng.random() < 0.5 else pair[::-1]
-        operator = OPERATORS[rng.integers(len(OPERATORS))]
+        operator = operators[rng.integers(len(operators))]
         value = {"+": a + b, "-": a - b, "*": a * b}[operator]
         if not 0 <= value <= MAX_VALUE:
             return None
@@ -61,7 +64,12 @@ def random_derivation(
 
 
 def _derivations(
-    split: str, seed: int, num_numbers: int, max_number: int, in_order_share: float = 0.0
+    split: str,
+    seed: int,
+    num_numbers: int,
+    max_number: int,
+    in_order_share: float = 0.0,
+    operators: str = OPERATORS,
 ) -> Iterator[tuple]:
     """Endless random (numbers, target, steps) of a split."""
     rng = np.random.default_rng((seed, *split.encode()))
@@ -69,7 +77,7 @@ def _derivations(
         numbers = tuple(int(n) for n in rng.integers(1, max_number + 1, size=num_numbers))
         if split_of(numbers) != split:
             continue
-        derivation = random_derivation(numbers, rng, in_order=rng.random() < in_order_share)
+        derivation = random_derivation(numbers, rng, rng.random() < in_order_share, operators)
         if derivation is not None and derivation[1] > 0:
             yield numbers, derivation[1], derivation[0]
 
@@ -111,8 +119,8 @@ def generate_demonstrations(
     if stage not in STAGES:
         stages = " or countdown:".join(STAGES)
         raise UserError(f"demonstrations 'countdown:{stage}': expected countdown:{stages}")
-    wrong_target_share, in_order_share = STAGES[stage]
-    source = _derivations("demonstrations", seed, num_numbers, max_number, in_order_share)
+    wrong_target_share, *habits = STAGES[stage]
+    source = _derivations("demonstrations", seed, num_numbers, max_number, *habits)
     demos = [next(source) for _ in range(size)]
     rng = np.random.default_rng((seed, 1))
     wrong = np.flatnonzero(rng.random(size) < wrong_target_share)

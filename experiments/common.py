@@ -74,24 +74,27 @@ def read_lines(file: Path) -> Iterable[dict]:
 
 
 def evaluations(run_dir: Path) -> list[dict]:
-    """The evaluations of a run: the right answers of 32 to each held-out problem, and the wall time
-    and the tokens trained on up to then."""
+    """The evaluations of a run: the right answers of 32 to each held-out problem, and the seconds
+    (without evaluations) and the tokens trained on up to then."""
     lines = read_lines(run_dir / "evaluations.jsonl")
     counts = [" ".join(map(str, e["num_correct"].values())) for e in lines]
     config = read_json(run_dir / "config.json")
     batch = config["rl"]["problems_per_step"] * config["rl"]["samples_per_problem"]
-    found, tokens, rft_tokens = [], 0.0, {}
+    found, tokens, rft_tokens, seconds, total_s = [], 0.0, {}, 0.0, 0.0
     for file in (run_dir / "experts").glob("*.jsonl"):
         experts = sum(len(t["ids"]) for t in read_lines(file))
         rft_tokens[int(file.stem.rpartition("_")[2]) - 1] = experts * config["rft"]["epochs"]
     for record in read_lines(run_dir / "metrics.jsonl"):
         if record["phase"] == "rl" and "rl/loss" in record:
             tokens += batch * (1 - record["rl/flat_share"]) * record["rl/len_mean_tok"]
+        if record["phase"] != "eval":
+            seconds += record["time/total_s"] - total_s
+        total_s = record["time/total_s"]
         if record["phase"] == "eval":
             if record["policy"] == "rft":
                 tokens += rft_tokens.get(record["iteration"], 0)
             place = {key: record[key] for key in ("policy", "iteration", "rl_steps")}
-            cost = {"seconds": round(record["time/total_s"], 1), "tokens": round(tokens)}
+            cost = {"seconds": round(seconds, 1), "tokens": round(tokens)}
             found.append(place | cost | {"num_correct": counts[len(found)]})
     return found
 
@@ -118,6 +121,12 @@ def paired_gain(a_SP: np.ndarray, b_SP: np.ndarray) -> tuple[float, float, float
     means = np.einsum("rs,sp,rp->r", weight_RS, a_SP - b_SP, weight_RP, optimize=True)
     low, high = np.quantile(means, [0.025, 0.975])
     return float((a_SP - b_SP).mean()), float(low), float(high), a_SP.mean() / b_SP.mean() - 1
+
+
+def publish(name: str, lines: list[str]) -> None:
+    """Print the lines of Markdown, and keep them in results/NAME.md."""
+    print("\n" + "\n".join(lines))
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def mean_and_std(values: Iterable[float]) -> str:

@@ -12,13 +12,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import common
-from experiments.common import MEASURES, mean_and_std, paired_gain, run_all, scores_P
+from experiments.common import MEASURES, mean_and_std, paired_gain, publish, run_all, scores_P
 
 STEPS = 300
 SEARCH_SEEDS, SEEDS = (10, 11, 12), range(8)
 SEARCH = ["--data.eval", "countdown:search?numbers=4", "--data.eval_size", "200"]
 FINAL = {"rloop": "rft", "rl": "rl", "rft": "rft"}  # the policy that an arm ends with
-VALIDATION = 100  # of the held-out games, the first; they choose plain RL's best checkpoint
+VALIDATION, TEST = 100, 400  # held-out games; the first choose plain RL's best checkpoint
+LONGER = 400  # steps of plain RL, for the comparisons at equal tokens and equal time
 
 
 def loop(iterations: int, lr: str, epochs: int, cap: int) -> list[str]:
@@ -63,38 +64,130 @@ def quality(evaluation: dict) -> float:
 
 def search(jobs: int) -> dict[str, str]:
     """Arm -> its best candidate. Prints all of them."""
-    best = {}
-    results: dict[str, dict] = {}
+    best, lines, results = {}, [], {}
 
     def run(arm: str, names: list[str], seed: int) -> None:
+        ends = ["--eval.every", str(STEPS)]
         commands = {
-            f"{arm}/{name}/{seed}": command(
-                CANDIDATES[arm][name], seed, *SEARCH, "--eval.every", str(STEPS)
-            )
+            f"{arm}/{name}/{seed}": command(CANDIDATES[arm][name], seed, *SEARCH, *ends)
             for name in names
         }
         results.update(run_all("search", commands, jobs))
 
-    def score(arm: str, name: str) -> tuple[int, float]:
-        seeds = [seed for seed in SEARCH_SEEDS if f"{arm}/{name}/{seed}" in results]
-        ends = [at_steps(results[f"{arm}/{name}/{seed}"], FINAL[arm]) for seed in seeds]
-        return len(seeds), float(np.mean([quality(end) for end in ends]))
+    def ends_of(arm: str, name: str) -> list[dict]:
+        names = [f"{arm}/{name}/{seed}" for seed in SEARCH_SEEDS]
+        return [at_steps(results[n], FINAL[arm]) for n in names if n in results]
+
+    def rank(arm: str) -> list[str]:
+        scores = {}
+        for name in CANDIDATES[arm]:
+            ends = ends_of(arm, name)
+            scores[name] = (len(ends), np.mean([quality(end) for end in ends]))
+        return sorted(scores, key=scores.get, reverse=True)
 
     for arm, candidates in CANDIDATES.items():
         run(arm, [*candidates], SEARCH_SEEDS[0])
-        finalists = sorted(candidates, key=lambda name: score(arm, name), reverse=True)[:4]
+        finalists = rank(arm)[:4]
         for seed in SEARCH_SEEDS[1:]:
             run(arm, finalists, seed)
-        ranked = sorted(candidates, key=lambda name: score(arm, name), reverse=True)
-        best[arm] = ranked[0]
-        print(f"\n{arm}: avg@32, pass@32 (seeds)")
-        for name in ranked:
-            seeds = [s for s in SEARCH_SEEDS if f"{arm}/{name}/{s}" in results]
-            ends = [at_steps(results[f"{arm}/{name}/{s}"], FINAL[arm]) for s in seeds]
+        lines += [f"| {arm} | seeds | avg@32 | pass@32 |", "|---|---:|---:|---:|"]
+        for name in rank(arm):
+            ends = ends_of(arm, name)
             means = [np.mean([scores_P(end, m).mean() for end in ends]) for m in MEASURES]
-            print(f"  {name:36} {means[0]:.3f} {means[1]:.3f}  ({len(seeds)})")
+            lines.append(f"| {name} | {len(ends)} | {means[0]:.3f} | {means[1]:.3f} |")
+        lines.append("")
+        best[arm] = rank(arm)[0]
+    publish("search", lines)
     return best
 
 
+def report(best: dict[str, str], jobs: int) -> None:
+    """The best candidates on the reported seeds and games."""
+    commands = {}
+    held_out = ["--data.eval_size", str(VALIDATION + TEST)]
+    for seed in SEEDS:
+        for arm, name in best.items():
+            every = ["--eval.every", "75" if arm == "rloop" else str(STEPS)]
+            if arm == "rl":  # longer: for equal tokens and equal time
+                every = ["--eval.every", "25", "--rl.steps", str(LONGER // 4)]
+            overrides = [*CANDIDATES[arm][name], *held_out, *every]
+            commands[f"headline/{arm}/{seed}"] = command(overrides, seed)
+    results = run_all("headline", commands, jobs)
+    arms = {arm: [results[f"headline/{arm}/{seed}"] for seed in SEEDS] for arm in best}
+    rows = {"base": [r["evaluations"][0] for r in arms["rl"]]}
+    rows[f"plain RL, {best['rl']}"] = [at_steps(r, "rl") for r in arms["rl"]]
+    rows["plain RL, its best checkpoint"] = [best_checkpoint(r) for r in arms["rl"]]
+    loop_ends = [at_steps(r, "rft") for r in arms["rloop"]]
+    for what, key in (("training tokens", "tokens"), ("wall time", "seconds")):
+        pairs = zip(arms["rl"], loop_ends, strict=True)
+        rows[f"plain RL at RLoop's {what}"] = [closest(r, key, end[key]) for r, end in pairs]
+    rows[f"pure RFT, {best['rft']}"] = [at_steps(r, "rft") for r in arms["rft"]]
+    rows["RLoop, after the last RL phase"] = [at_steps(r, "rl") for r in arms["rloop"]]
+    rows[f"RLoop, {best['rloop']}"] = loop_ends
+    publish("headline", table(rows, loop_ends))
+    draw(arms)
+
+
+def best_checkpoint(result: dict) -> dict:
+    """The evaluation of plain RL, up to STEPS, with the best avg@32 on the validation games."""
+    found = [e for e in result["evaluations"] if e["policy"] == "rl" and e["rl_steps"] <= STEPS]
+    return max(found, key=lambda e: scores_P(e, "avg@32")[:VALIDATION].mean())
+
+
+def closest(result: dict, key: str, value: float) -> dict:
+    """The evaluation of plain RL at the closest training tokens or seconds."""
+    found = [e for e in result["evaluations"] if e["policy"] == "rl"]
+    return min(found, key=lambda e: abs(e[key] - value))
+
+
+def table(rows: dict[str, list[dict]], loop_ends: list[dict]) -> list[str]:
+    lines = [
+        "| policy | RL steps | tokens, M | min | avg@32 | RLoop's gain [95%] | pass@32 | RLoop's gain [95%] |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, ends in rows.items():
+        steps, tokens, seconds = (
+            np.mean([end[key] for end in ends]) for key in ("rl_steps", "tokens", "seconds")
+        )
+        line = f"| {name} | {steps:.0f} | {tokens / 1e6:.2f} | {seconds / 60:.1f} |"
+        for measure in MEASURES:
+            ours, theirs = (
+                np.array([scores_P(e, measure)[VALIDATION:] for e in some])
+                for some in (loop_ends, ends)
+            )
+            line += f" {mean_and_std(theirs.mean(axis=1))} |"
+            mean, low, high, relative = paired_gain(ours, theirs)
+            gain = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {relative:+.0%}"
+            line += f" {gain if ends is not loop_ends else ''} |"
+        lines.append(line)
+    return lines
+
+
+def draw(arms: dict[str, list[dict]]) -> None:
+    """avg@32 and pass@32 over the RL steps, mean and range of the seeds."""
+    names = {"rl": "plain RL", "rft": "pure RFT", "rloop": "RLoop"}
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for ax, measure in zip(figure.subplots(1, 2), MEASURES, strict=True):
+        for arm, results in arms.items():
+            curves: dict[int, list[float]] = {}
+            for e in [e for r in results for e in r["evaluations"]]:
+                if e["rl_steps"] <= STEPS + 4 and e["policy"] in ("base", FINAL[arm]):
+                    score = scores_P(e, measure)[VALIDATION:].mean()
+                    curves.setdefault(e["rl_steps"], []).append(score)
+            steps = [*curves]
+            (line,) = ax.plot(
+                steps, [np.mean(v) for v in curves.values()], marker="o", ms=4, label=names[arm]
+            )
+            low, high = ([f(v) for v in curves.values()] for f in (min, max))
+            ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        ax.set_title(f"held-out {measure}")
+        ax.set_xlabel("RL steps")
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.4)
+    ax.legend(frameon=False)
+    figure.savefig(common.RESULTS / "headline.png", dpi=120)
+
+
 if __name__ == "__main__":
-    search(common.jobs_from_command_line(__doc__))
+    jobs = common.jobs_from_command_line(__doc__)
+    report(search(jobs), jobs)

@@ -1,0 +1,270 @@
+"""RLoop with one thing changed: python -m experiments.variants NAME --config FILE ...
+
+Every variant replaces one or two functions of rloop.py, and the rest runs as it is. They also show
+what a change of the algorithm looks like. All of them continue exactly after a stop.
+"""
+
+import sys
+from collections import Counter
+
+import numpy as np
+
+import rloop
+from data import next_problems
+from model import Transformer
+from packing import Row, token_logprobs
+from sampler import sampling_copy
+from scale import parallel
+
+# ---- ablations: a part of RLoop is left out
+
+
+def rft_from_phi() -> None:
+    """RFT continues from the RL-ed weights instead of theta_i."""
+
+    def run_rloop(run, policy, tokenizer, problems, heldout) -> None:
+        for _ in range(run.progress.iteration, run.cfg.iterations):
+            theta_i = run.phase_start(policy)
+            rloop.explore(run, policy, tokenizer, problems, heldout, run.cfg.rl.steps, theta_i)
+            rloop.rft(run, policy, rloop.filter_experts(run))
+            rloop.evaluate(run, policy, tokenizer, heldout, "rft")
+            run.finish_iteration(policy)
+
+    rloop.run_rloop = run_rloop
+
+
+def optimizer_resets() -> None:
+    """Plain RL whose optimizer starts afresh where RLoop starts an iteration."""
+
+    def run_rloop(run, policy, tokenizer, problems, heldout) -> None:
+        for _ in range(run.progress.iteration, run.cfg.iterations):
+            theta_i = run.phase_start(policy)
+            rloop.explore(run, policy, tokenizer, problems, heldout, run.cfg.rl.steps, theta_i)
+            run.finish_iteration(policy)
+
+    rloop.run_rloop = run_rloop
+
+
+def every_fourth_expert() -> None:
+    """A quarter of the experts, from the whole phase: what the next two are compared with."""
+    _replace_selection(lambda experts: experts[::4])
+
+
+def last_experts() -> None:
+    """The quarter of the experts that was found last."""
+    _replace_selection(lambda experts: experts[len(experts) - len(experts[::4]) :])
+
+
+def _replace_selection(keep) -> None:
+    select_experts = rloop.select_experts
+
+    def selected(trajectories, **options):
+        return keep(sorted(select_experts(trajectories, **options), key=lambda t: t.step))
+
+    rloop.select_experts = selected
+
+
+def resampled_experts() -> None:
+    """A quarter as many experts, sampled by the phase's last policy phi, with at most as many
+    samples as the phase."""
+
+    def run_rloop(run, policy, tokenizer, problems, heldout) -> None:
+        for _ in range(run.progress.iteration, run.cfg.iterations):
+            theta_i = run.phase_start(policy)
+            rloop.explore(run, policy, tokenizer, problems, heldout, run.cfg.rl.steps, theta_i)
+            count = len(rloop.filter_experts(run)[::4])
+            policy.load_state_dict(theta_i)
+            rloop.rft(run, policy, resample(run, tokenizer, problems, count))
+            rloop.evaluate(run, policy, tokenizer, heldout, "rft")
+            run.finish_iteration(policy)
+
+    def resample(run, tokenizer, problems, count):
+        cfg, iteration = run.cfg, run.progress.iteration
+        phi = Transformer.from_pretrained(run.path / "policies" / f"rl_{iteration + 1}", dtype=None)
+        model = sampling_copy(phi, cfg.compute.dtype, cfg.compute.compile)
+        options = {"num_samples": cfg.rl.samples_per_problem, "temperature": 1.0}
+        place, found, experts = {"iteration": iteration, "step": 0}, [], []
+        rounds = cfg.rl.steps * cfg.rl.problems_per_step // len(problems)
+        for round_ in range(rounds):
+            seed = rloop.seed_of(cfg.seed, iteration, 0, 1 + round_)
+            groups, _ = rloop.respond(model, tokenizer, problems, cfg, seed, place, **options)
+            found += [trajectory for group in groups for trajectory in group]
+            experts = rloop.select_experts(found, **vars(cfg.select))
+            if len(experts) >= count:
+                break
+        return experts[:: max(1, len(experts) // count)][:count] if count else []
+
+    rloop.run_rloop = run_rloop
+
+
+def shuffled_rewards() -> None:
+    """Placebo: the rewards of a step are dealt out anew among its responses."""
+    sample_groups = rloop.sample_groups
+
+    def shuffled(run, policy, tokenizer, problems, step):
+        _, sampled, drawn, seconds = sample_groups(run, policy, tokenizer, problems, step)
+        rows = [trajectory for group in sampled for trajectory in group]
+        rng = np.random.default_rng((run.cfg.seed, run.progress.iteration, step))
+        for row, reward in zip(rows, rng.permutation([row.reward for row in rows]), strict=True):
+            row.reward = float(reward)
+        return [g for g in sampled if not rloop.is_flat(g)], sampled, drawn, seconds
+
+    rloop.sample_groups = shuffled
+
+
+def unverified_rft() -> None:
+    """Placebo: RFT on as many of the phase's trajectories as there are experts, right or wrong."""
+    select_experts = rloop.select_experts
+
+    def drawn(trajectories, **options):
+        phase = list(trajectories)
+        count = len(select_experts(phase, **options))
+        chosen = np.random.default_rng(len(phase)).choice(len(phase), count, replace=False)
+        return [phase[i] for i in sorted(chosen)]
+
+    rloop.select_experts = drawn
+
+
+def entropy_bonus() -> None:
+    """The RL loss minus .01 of the policy's entropy (its score-function gradient)."""
+    grpo_loss = rloop.grpo_loss
+
+    def with_bonus(logp, old_logp, adv, weight, **clip):
+        loss, sums = grpo_loss(logp, old_logp, adv, weight, **clip)
+        return loss + 0.01 * (weight * logp.detach() * logp).sum(), sums
+
+    rloop.grpo_loss = with_bonus
+
+
+# ---- beyond the paper
+
+
+def weights_of_theta(run) -> dict:
+    """theta_i of the run's iteration, also after a stop in RFT."""
+    i = run.progress.iteration
+    path = run.path / "policies" / f"theta_{i}" if i else run.cfg.model.path
+    return Transformer.from_pretrained(path, dtype=None).state_dict()
+
+
+def pooled_from_theta_0() -> None:
+    """Every RFT starts from theta_0 and trains on the experts of all iterations."""
+    _run_pooled(from_theta_0=True)
+
+
+def pooled_from_theta_i() -> None:
+    """RFT from theta_i on the experts of all iterations."""
+    _run_pooled(from_theta_0=False)
+
+
+def _run_pooled(from_theta_0: bool) -> None:
+    def run_rloop(run, policy, tokenizer, problems, heldout) -> None:
+        for _ in range(run.progress.iteration, run.cfg.iterations):
+            theta_i = run.phase_start(policy)
+            rloop.explore(run, policy, tokenizer, problems, heldout, run.cfg.rl.steps, theta_i)
+            rloop.filter_experts(run)
+            names = [f"experts/iteration_{i + 1}.jsonl" for i in range(run.progress.iteration + 1)]
+            experts = [rloop.Trajectory(**r) for name in names for r in run.read(name)]
+            unique = {(t.problem, *t.ids): t for t in experts}
+            fresh = run.progress.rft_step == 0
+            start = rloop.load_policy(run.cfg).state_dict() if from_theta_0 and fresh else theta_i
+            policy.load_state_dict(start)
+            rloop.rft(run, policy, [*unique.values()])
+            rloop.evaluate(run, policy, tokenizer, heldout, "rft")
+            run.finish_iteration(policy)
+
+    rloop.run_rloop = run_rloop
+
+
+def mean_of_weights() -> None:
+    """theta_{i+1} = the mean of theta_i and its RFT."""
+    rft = rloop.rft
+
+    def averaged(run, policy, examples) -> None:
+        rft(run, policy, examples)
+        tuned = policy.state_dict()
+        policy.load_state_dict(
+            {name: (tuned[name] + old) / 2 for name, old in weights_of_theta(run).items()}
+        )
+
+    rloop.rft = averaged
+
+
+def weight_by_problem() -> None:
+    """In RFT every problem has the same weight, however many experts it has."""
+    rft, num_experts = rloop.rft, Counter()
+
+    def counting(run, policy, examples) -> None:
+        num_experts.clear()
+        num_experts.update(t.problem for t in examples)
+        rft(run, policy, examples)
+
+    def rft_step(run, policy, optimizer, examples) -> tuple[float, float]:
+        total = sum(len(e.ids) / num_experts[e.problem] for e in examples)
+        rows_NG = [
+            [Row(e.prompt_ids, e.ids, weight=1 / num_experts[e.problem] / total)] for e in examples
+        ]
+        loss_sum = 0.0
+        for batch in rloop.training_batches(rows_NG, run.cfg):
+            logp, _ = token_logprobs(policy, batch)
+            loss = rloop.sft_loss(logp, batch.per_token([row.weight for row in batch.rows]))
+            loss.backward()
+            loss_sum += loss.item()
+        loss_sum = parallel.total({"loss": loss_sum})["loss"]
+        return loss_sum, rloop.finish_step(run, policy, optimizer, loss_sum, rows_NG)
+
+    rloop.rft, rloop.rft_step = counting, rft_step
+
+
+def rare_problems_first() -> None:
+    """RL problems are drawn with a chance of 1 / (1 + their successes in this phase)."""
+    sample_groups = rloop.sample_groups
+
+    def drawn_by_rarity(run, policy, tokenizer, problems, step):
+        name = f"trajectories/iteration_{run.progress.iteration + 1}.jsonl"
+        successes = Counter(r["problem"] for r in run.lines(name) if r["reward"] == 1)
+        chance = np.array([1 / (1 + successes[p.id]) for p in problems])
+
+        def draw(problems, drawn, count, seed):
+            rng = np.random.default_rng((seed, drawn))
+            chosen = rng.choice(len(problems), count, replace=False, p=chance / chance.sum())
+            return [problems[i] for i in chosen]
+
+        rloop.next_problems = draw
+        try:
+            return sample_groups(run, policy, tokenizer, problems, step)
+        finally:
+            rloop.next_problems = next_problems
+
+    rloop.sample_groups = drawn_by_rarity
+
+
+def old_expert_in_failed_groups() -> None:
+    """A group without a right response gets an expert of an earlier iteration for its last one."""
+    sample_groups = rloop.sample_groups
+
+    def with_experts(run, policy, tokenizer, problems, step):
+        usable, sampled, *rest = sample_groups(run, policy, tokenizer, problems, step)
+        names = [f"experts/iteration_{i + 1}.jsonl" for i in range(run.progress.iteration)]
+        experts = {r["problem"]: r for name in names for r in run.lines(name)}
+        failed = [g for g in sampled if not any(t.reward for t in g) and g[0].problem in experts]
+        usable += [[*g[:-1], rloop.Trajectory(**experts[g[0].problem])] for g in failed]
+        return usable, sampled, *rest
+
+    rloop.sample_groups = with_experts
+
+
+def weak_positives() -> None:
+    """Positive advantages count a tenth in RL: it mostly learns what to avoid."""
+    group_advantages = rloop.group_advantages
+
+    def weakened(reward_NG, **options):
+        adv_NG = group_advantages(reward_NG, **options)
+        return adv_NG.where(adv_NG < 0, 0.1 * adv_NG)
+
+    rloop.group_advantages = weakened
+
+
+if __name__ == "__main__":
+    name, *arguments = sys.argv[1:]
+    globals()[name]()
+    sys.exit(rloop.main(arguments))

@@ -142,7 +142,8 @@ def closest(result: dict, key: str, value: float) -> dict:
 
 def table(rows: dict[str, list[dict]], loop_ends: list[dict]) -> list[str]:
     lines = [
-        "| policy | RL steps | tokens, M | min | avg@32 | RLoop's gain [95%] | pass@32 | RLoop's gain [95%] |",
+        "| policy | RL steps | tokens, M | min | avg@32 | RLoop's gain [95%] "
+        "| pass@32 | RLoop's gain [95%] |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, ends in rows.items():

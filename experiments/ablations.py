@@ -1,0 +1,90 @@
+"""RLoop with one thing changed, four seeds each: python -m experiments.ablations ablations (what
+each part is worth) or beyond (what is not in the paper)."""
+
+import sys
+
+import numpy as np
+
+from experiments import common
+from experiments.common import MEASURES, mean_and_std, paired_gain, publish, run_all, scores_P
+
+SEEDS = range(4)
+ENDS = ["--eval.every", "300"]  # evaluated where a phase or an RFT ends
+RLOOP = []  # overrides of the headline's RLoop: the defaults of configs/countdown.toml
+PLAIN = ["--method", "rl"]
+
+# name -> (variant of variants.py or "", overrides)
+ABLATIONS = {
+    "RLoop": ("", []),
+    "RFT from phi, not theta_i": ("rft_from_phi", []),
+    "a quarter of the experts, spread over the phase": ("every_fourth_expert", []),
+    "a quarter, those found last": ("last_experts", []),
+    "a quarter, sampled from phi": ("resampled_experts", []),
+    "no hard filter": ("", ["--select.max_success_rate", "1"]),
+    "hard filter .5": ("", ["--select.max_success_rate", "0.5"]),
+    "4 experts a problem": ("", ["--select.max_per_problem", "4"]),
+    "no cap": ("", ["--select.max_per_problem", "100000"]),
+    "1 iteration of 300 steps": ("", ["--iterations", "1", "--rl.steps", "300"]),
+    "2 iterations of 150": ("", ["--iterations", "2", "--rl.steps", "150"]),
+    "8 iterations of 38": ("", ["--iterations", "8", "--rl.steps", "38"]),
+    "RFT 4 epochs": ("", ["--rft.epochs", "4"]),
+    "RFT 24 epochs": ("", ["--rft.epochs", "24"]),
+    "GRPO": ("", ["--rl.aggregation", "sequence", "--rl.clip_high", "0.2"]),
+    "Dr.GRPO": ("", ["--rl.aggregation", "constant", "--rl.normalize_std", "false"]),
+    "placebo: shuffled rewards": ("shuffled_rewards", []),
+    "placebo: RFT on unverified samples": ("unverified_rft", []),
+    "plain RL": ("", PLAIN),
+    "plain RL, KL .01 to theta_0": ("", [*PLAIN, "--rl.kl_coef", "0.01"]),
+    "plain RL, entropy bonus .01": ("entropy_bonus", PLAIN),
+    "plain RL, optimizer reset 3 times": ("optimizer_resets", []),
+}
+BEYOND = {
+    "RLoop": ("", []),
+    "experts of all iterations, RFT from theta_i": ("pooled_from_theta_i", []),
+    "experts of all iterations, RFT from theta_0": ("pooled_from_theta_0", []),
+    "theta_{i+1} = mean of theta_i and its RFT": ("mean_of_weights", []),
+    "RFT weighs problems, not trajectories": ("weight_by_problem", []),
+    "RL on problems with few successes": ("rare_problems_first", []),
+    "an old expert in failed groups": ("old_expert_in_failed_groups", []),
+    "positives weigh .1 in RL": ("weak_positives", []),
+}
+ARMS = {"ablations": ABLATIONS, "beyond": BEYOND}
+
+
+def command(variant: str, overrides: list[str], seed: int) -> list[str]:
+    program = ["-m", "experiments.variants", variant] if variant else ["rloop.py"]
+    options = ["--config", "configs/countdown.toml", "--seed", str(seed)]
+    return [*program, *options, *RLOOP, *overrides, *ENDS]
+
+
+def main(experiment: str, jobs: int) -> None:
+    commands = {
+        f"{experiment}/{name}/{seed}": command(*arm, seed)
+        for seed in SEEDS
+        for name, arm in ARMS[experiment].items()
+    }
+    results = run_all(experiment, commands, jobs)
+    lines = [
+        "| arm | avg@32 | difference [95%] | pass@32 | difference [95%] |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in ARMS[experiment]:
+        line = f"| {name} |"
+        for measure in MEASURES:
+            scores, reference = (
+                np.array([last_scores(results[f"{experiment}/{n}/{s}"], measure) for s in SEEDS])
+                for n in (name, "RLoop")
+            )
+            mean, low, high, _ = paired_gain(scores, reference)
+            gain = "" if name == "RLoop" else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            line += f" {mean_and_std(scores.mean(axis=1))} | {gain} |"
+        lines.append(line)
+    publish(experiment, lines)
+
+
+def last_scores(result: dict, measure: str) -> np.ndarray:
+    return scores_P(result["evaluations"][-1], measure)
+
+
+if __name__ == "__main__":
+    main(sys.argv.pop(1), common.jobs_from_command_line(__doc__))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "experiments"
 RESULTS = ROOT / "experiments" / "results"
 NUM_SAMPLES = 32  # of an evaluation
-Result = dict  # {"command": [...], "origin": {...}, "evaluations": [...]}: see evaluations
+Result = dict  # {"command": "...", "origin": {...}, "evaluations": [...]}: see evaluations
 
 
 def jobs_from_command_line(description: str) -> int:
@@ -35,12 +36,13 @@ def run_all(experiment: str, commands: dict[str, list[str]], jobs: int) -> dict[
     """
     file = RESULTS / f"{experiment}.json"
     results = read_json(file).get("runs", {})
-    missing = [name for name, c in commands.items() if results.get(name, {}).get("command") != c]
+    texts = {name: shlex.join(command) for name, command in commands.items()}
+    missing = [name for name in texts if results.get(name, {}).get("command") != texts[name]]
     bar = tqdm(total=len(missing), desc=experiment, unit="run")
     with ThreadPoolExecutor(jobs) as pool:
         done = pool.map(lambda name: (name, _run(name, commands[name])), missing)
         for name, result in done:
-            results[name] = result
+            results[name] = {"command": texts[name]} | result
             file.parent.mkdir(exist_ok=True)
             write_json(file, {"runs": results})
             bar.update()
@@ -65,7 +67,7 @@ def _run(name: str, command: list[str]) -> Result:
     if output.returncode:
         last = "\n".join((output.stdout + output.stderr).splitlines()[-20:])
         raise SystemExit(f"{' '.join(arguments)}\n{last}")
-    return {"command": command, "origin": origin(), "evaluations": evaluations(run_dir)}
+    return {"origin": origin(), "evaluations": evaluations(run_dir)}
 
 
 def read_lines(file: Path) -> Iterable[dict]:

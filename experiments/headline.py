@@ -39,10 +39,12 @@ CANDIDATES = {
         for rounds, epochs, cap in itertools.product((2, 4, 8, 16), (6, 12, 24), (10, 100))
     },
     "rloop": {
-        f"{iterations} iterations, lr {lr}, {epochs} epochs": loop(iterations, lr, epochs, 100)
-        for iterations, lr, epochs in itertools.product((2, 4, 8), ("6e-5", "1e-4"), (6, 12))
+        f"{n} iterations, lr {lr}, {epochs} epochs, cap {cap}": loop(n, lr, epochs, cap)
+        for n, lr, (epochs, cap) in itertools.product(
+            (2, 4, 8), ("6e-5", "1e-4"), ((6, 10), (12, 100))
+        )
     }
-    | {"4 iterations, lr 1.4e-4, 12 epochs": loop(4, "1.4e-4", 12, 100)},
+    | {"4 iterations, lr 1.4e-4, 6 epochs, cap 10": loop(4, "1.4e-4", 6, 10)},
 }
 
 

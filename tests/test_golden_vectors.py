@@ -383,6 +383,22 @@ def test_runner_exit_status(port, monkeypatch, capsys):
     assert "no such command" in capsys.readouterr().err
 
 
+def test_the_first_difference_is_the_cause():
+    """Fault: a wrong backward pass is reported as a wrong embedding, which every fault reaches; a
+    wrong advantage as a wrong loss."""
+    case = STORED["model_gradients"]["cases"][0]
+    names = list(resolve(case["expected"])["gradients"])
+    assert names[:3] == [
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    ]
+    assert names[-2:] == ["model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"]
+    assert len(names) == 21
+    for case in STORED["iteration"]["cases"]:
+        assert all([*step][2:] == ["advantages", "updates"] for step in case["expected"]["steps"])
+
+
 @pytest.mark.parametrize(
     "expected, got, lines",
     [

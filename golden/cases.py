@@ -695,7 +695,8 @@ def seed_of() -> list:
         ("large", [4294967296, 3, 700, 2], "A seed of more than 32 bits takes two words."),
         ("usual", [42, 3, 75, 0], "An ordinary step."),
     ]
-    return [(id_, "seed_of_step_left_out", about, {"path": path}) for id_, path, about in rows]
+    flags = "seed_of_step_left_out seed_of_32_bits"
+    return [(id_, flags, about, {"path": path}) for id_, path, about in rows]
 
 
 def uniforms() -> list:
@@ -774,7 +775,7 @@ def sampled_logprobs() -> list:
         ),
         (
             "top_p",
-            "cut_not_renormalized",
+            "cut_not_renormalized top_p_empty",
             "Tokens before which less than top_p has been passed; the first always.",
             plain | {"top_p": 0.7},
         ),

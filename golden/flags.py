@@ -30,6 +30,7 @@ FLAGS = {
     "refill_without_need": "a full step samples no further round",
     "refill_unbounded": "at most max_rounds rounds; the step goes on with what it has",
     "seed_of_step_left_out": "a seed comes from (seed, iteration, step, round), in this order",
+    "seed_of_32_bits": "a seed of a round has 64 bits",
     "warmup": "linear warm-up: step / (warmup_steps + 1), steps from 1",
     "cap_takes_first": "of too many experts evenly spaced ones are kept, from the whole phase",
     "cap_takes_last": "evenly spaced places begin with the first",

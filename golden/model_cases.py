@@ -480,7 +480,8 @@ def iteration() -> list:
         ),
         (
             "grpo",
-            "reference_moves old_logps_move rft_temperature overlong_after_advantage",
+            "reference_moves old_logps_move rft_temperature overlong_after_advantage "
+            "kl_without_importance flat_after_penalty",
             "Temperature 0.8, mean by response, KL to theta_i, over-long penalty, old log-probs "
             "by the trainer with an importance cap, warm-up, a smaller expert set.",
             dapo

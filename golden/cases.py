@@ -27,6 +27,9 @@ def documents() -> list[dict]:
         document("sft_loss", "losses", sft_loss()),
         document("token_weights", "losses", token_weights()),
         document("overlong_penalty", "losses", overlong_penalty()),
+        document("seed_of", "random", seed_of(), "exact", EXACT),
+        document("uniforms", "random", uniforms(), "float64", EXACT),
+        document("next_problems", "random", next_problems(), "exact", EXACT),
         # a flat group must get 0, and the other expected values need no absolute tolerance
         document("group_advantages", "advantages", group_advantages(), tolerance=TIGHT),
         document("step_advantages", "advantages", step_advantages(), tolerance=TIGHT),
@@ -37,9 +40,6 @@ def documents() -> list[dict]:
         document("pass_at_k", "evaluation", pass_at_k()),
         document("bootstrap_interval", "evaluation", bootstrap_interval()),
         document("evaluation", "evaluation", evaluation()),
-        document("seed_of", "random", seed_of(), "exact", EXACT),
-        document("uniforms", "random", uniforms(), "float64", EXACT),
-        document("next_problems", "random", next_problems(), "exact", EXACT),
         document("sampled_logprobs", "sampling", sampled_logprobs()),
         document("draw", "sampling", draw(), "exact", EXACT),
         document("adamw", "optimizer", adamw()),
@@ -375,7 +375,7 @@ def dynamic_sampling() -> list:
     mixed, flat = [1.0, 0.0], [0.0, 0.0]
     start = {"num_problems": 5, "seed": 7, "iteration": 0, "step": 1, "drawn": 0}
     start |= {"problems_per_step": 2}
-    return [
+    cases = [
         (
             "none_flat",
             "refill_without_need",
@@ -421,7 +421,22 @@ def dynamic_sampling() -> list:
             "Equal fractions are flat; 0.5 and 0.25 are not.",
             start | {"max_rounds": 1, "rewards": [[0.5, 0.5], [0.5, 0.25]]},
         ),
+        (
+            "penalty",
+            "flat_after_penalty",
+            "Equal rewards, unequal lengths in the buffer: flat, since the penalty does not count.",
+            start
+            | {"max_rounds": 2, "rewards": [[1.0, 1.0], mixed, mixed]}
+            | {"lengths": [[8, 3], [2, 2], [8, 6]], "overlong_buffer": 4},
+        ),
     ]
+    return [(*head, unpenalized(inputs) | inputs) for *head, inputs in cases]
+
+
+def unpenalized(inputs: dict) -> dict:
+    """Lengths, and the settings of no over-long penalty, for the inputs of dynamic_sampling."""
+    lengths = [[3] * len(group) for group in inputs["rewards"]]
+    return {"lengths": lengths, "max_new_tokens": 8, "overlong_buffer": 0}
 
 
 def rl_learning_rates() -> list:
@@ -680,7 +695,8 @@ def seed_of() -> list:
         ("large", [4294967296, 3, 700, 2], "A seed of more than 32 bits takes two words."),
         ("usual", [42, 3, 75, 0], "An ordinary step."),
     ]
-    return [(id_, "seed_of_step_left_out", about, {"path": path}) for id_, path, about in rows]
+    flags = "seed_of_step_left_out seed_of_32_bits"
+    return [(id_, flags, about, {"path": path}) for id_, path, about in rows]
 
 
 def uniforms() -> list:
@@ -759,7 +775,7 @@ def sampled_logprobs() -> list:
         ),
         (
             "top_p",
-            "cut_not_renormalized",
+            "cut_not_renormalized top_p_empty",
             "Tokens before which less than top_p has been passed; the first always.",
             plain | {"top_p": 0.7},
         ),
@@ -830,6 +846,12 @@ def draw() -> list:
             "The point is the uniform number times the row's total: here 0.5.",
             of([-1.3862943611198906, -1.3862943611198906], 0.4, 0.6, 0.9999999999999999),
         ),
+        (
+            "one",
+            "draw_impossible draw_past_the_end",
+            "1, as float32 makes it of a number close to it, draws the last possible token.",
+            {"logprobs": [four, [*four[:3], "-inf"]], "uniforms": [1.0, 1.0]},
+        ),
         ("certain", "draw_off_by_one", "One token has all.", of(["-inf", 0.0, "-inf"], 0.0, 0.99)),
         (
             "unequal",
@@ -871,7 +893,7 @@ def adamw() -> list:
         ),
         (
             "clipped",
-            "clip_by_tensor",
+            "clip_by_tensor grad_norm_clipped",
             "The norm is that of all parameters together, 13; the gradient is scaled to grad_clip. "
             "The second step shows it, the first would hide it.",
             plain | {"gradients": [large, gradient], "lrs": [0.1, 0.1]},

@@ -133,19 +133,31 @@ def step_advantages(groups, normalize_std, max_new_tokens, overlong_buffer):
 
 @function
 def dynamic_sampling(
-    num_problems, seed, iteration, step, drawn, problems_per_step, max_rounds, rewards
+    num_problems,
+    seed,
+    iteration,
+    step,
+    drawn,
+    problems_per_step,
+    max_rounds,
+    rewards,
+    lengths,
+    max_new_tokens,
+    overlong_buffer,
 ):
     rl = {"problems_per_step": problems_per_step, "max_sampling_rounds": max_rounds}
     rl |= {"samples_per_problem": len(rewards[0]), "minibatches": 1}
-    run = MemoryRun(run_config(rl=rl, seed=seed))
+    rl |= {"overlong_buffer": overlong_buffer}
+    run = MemoryRun(run_config(rl=rl, seed=seed, sampling={"max_new_tokens": max_new_tokens}))
     run.progress = Progress(iteration=iteration, problems_drawn=drawn)
-    waiting, rounds = [*enumerate(rewards)], []
+    waiting, rounds = [*enumerate(zip(rewards, lengths, strict=True))], []
 
     def respond(model, tokenizer, problems, cfg, seed, place, **options):
         rounds.append({"seed": str(seed), "problems": list(problems)})
         given = [waiting.pop(0) for _ in problems]
         rows = zip(problems, given, strict=True)
-        return [[trajectory(p, [n], r) for r in group] for p, (n, group) in rows], {}
+        groups = [(p, n, zip(*columns, strict=True)) for p, (n, columns) in rows]
+        return [[trajectory(p, [n] * size, r) for r, size in group] for p, n, group in groups], {}
 
     with patch.object(rloop, "respond", respond), patch.object(rloop, "sampling_copy"):
         problems = list(range(num_problems))
@@ -455,7 +467,7 @@ class Trace:
 
     def update(self, run, policy, optimizer, groups, reference, lr):
         usable = [self.place[id(group[0].ids)][1] for group in groups]
-        self.steps.append({"lr": lr, "usable": usable, "updates": []})
+        self.steps.append({"lr": lr, "usable": usable, "advantages": [], "updates": []})
         return self.original["update"](run, policy, optimizer, groups, reference, lr)
 
     def training_rows(self, groups, cfg):

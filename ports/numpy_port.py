@@ -125,9 +125,9 @@ def sampling_rounds(rewards, problems_per_step, max_rounds):
 
 
 def dynamic_sampling(
-    num_problems, seed, iteration, step, drawn, problems_per_step, max_rounds, rewards
+    num_problems, seed, iteration, step, drawn, problems_per_step, max_rounds, rewards, **unused
 ):
-    """Which groups a step samples and keeps."""
+    """Which groups a step samples and keeps. Lengths and their penalty play no part."""
     counts, usable = sampling_rounds(rewards, problems_per_step, max_rounds)
     rounds = []
     for number, count in enumerate(counts):
@@ -733,8 +733,8 @@ def final_answer(response):
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
         raise ValueError("a thought without an end")
-    if "</answer>" in text:
-        text = text.rpartition("</answer>")[0].rpartition("<answer>")[2]
+    if "<answer>" in text:
+        text = text.rpartition("<answer>")[2].partition("</answer>")[0]
     if r"\boxed{" in text:
         text, closed, _ = text.rpartition(r"\boxed{")[2].partition("}")
         if not closed:

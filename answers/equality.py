@@ -224,8 +224,9 @@ def _items(node: tuple) -> list[tuple]:
 
 
 def _joined(node: tuple, other: tuple) -> tuple:
-    """What "and" means: x = 1 and y = 2 is a list, x = 1 and x = 2 the list 1, 2 but no set."""
-    if node[0] != "both":
+    """What "and" means: x = 1 and y = 2 is a list, x = 1 and x = 2 the list 1, 2 but no set; x > 2
+    and x < 5 stays."""
+    if node[0] != "both" or not any(map(_is_equation, node[1])):
         return node
     is_one = len({item[1][0] for item in node[1]}) == 1
     is_list = all(map(_is_equation, node[1])) and (not is_one or other[0] == "list")
@@ -269,7 +270,7 @@ class _Comparison:
         named, answer_named = self.named(gold), self.named(answer)
         if named or answer_named:
             return self.same_named(named or (None, gold), answer_named or (None, answer))
-        if "union" in kinds:
+        if kinds & {"union", "both"}:
             return self.same_region(gold, answer)
         if kinds & {"list", "set"} or contains((gold, answer), _SIGNS):
             return self.same_collection(gold, answer)
@@ -399,6 +400,14 @@ class _Comparison:
             return [(None, node)]
         if kind == "rel":
             return self.inequality(node)
+        if kind == "both":  # x > 2 and x < 5
+            pieces = sum(map(self.pieces, node[1]), [])
+            pieces.sort(key=lambda piece: piece[1][1] == _MINUS)
+            ends = [(piece[1] == _MINUS, piece[2] == _INFINITY) for _, piece in pieces]
+            if ends != [(False, True), (True, False)] or pieces[0][0] != pieces[1][0]:
+                return []
+            (x, low), (_, high) = pieces
+            return [(x, ("interval", low[1], high[2], low[3], high[4]))]
         if kind in ("union", "list"):  # a part that is no region is a point
             parts = (self.pieces(p) or [(None, ("interval", p, p, True, True))] for p in node[1])
             return sum(parts, [])

@@ -228,7 +228,7 @@ def sampling_copy(policy: Transformer, dtype: str, compiled: bool = False) -> Tr
         return policy
     with torch.device("meta"):
         copy = Transformer(policy.config)
-    state = {name: whole_tensor(weight).to(dtype) for name, weight in state.items()}
+    state = {name: whole_tensor(weight.to(dtype)) for name, weight in state.items()}
     copy.load_state_dict(state, assign=True)
     copy.requires_grad_(False)
     copy.unknown_ids = policy.unknown_ids

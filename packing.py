@@ -7,18 +7,19 @@ token belongs to whom: positions restart behind the prompt for every response.
 Shapes: M packed tokens, Q response tokens, B rows (responses), T tokens of the longest row.
 """
 
-import dataclasses
 import heapq
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model import Transformer
+from scale import parallel
 
 LOGITS_AT_ONCE = 2**25  # elements of a chunk of logits [Q, V]; bounds memory, not the result
 
@@ -27,13 +28,13 @@ LOGITS_AT_ONCE = 2**25  # elements of a chunk of logits [Q, V]; bounds memory, n
 class Row:
     """One response, as RL and RFT train on it."""
 
-    prompt_ids: list[int]
-    ids: list[int]  # response tokens, the stop token included
-    sampler_logps: list[float] = field(default_factory=list)  # one a token, from sampling
+    prompt_ids: Sequence[int]  # these are lists or arrays
+    ids: Sequence[int]  # response tokens, the stop token included
+    sampler_logps: Sequence[float] = ()  # one a token, from sampling
     advantage: float = 0.0
     weight: float = 0.0  # of each of its tokens in the loss; 0 = the row does not count
-    old_logps: list[float] = field(default_factory=list)  # the trainer's own; empty: the sampler's
-    ref_logps: list[float] = field(default_factory=list)  # of the KL term's reference
+    old_logps: Sequence[float] = ()  # the sampler's, or the trainer's own
+    ref_logps: Sequence[float] = ()  # of the KL term's reference
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,9 +55,9 @@ class Packed:
         lengths = torch.tensor([len(row.ids) for row in self.rows])
         return torch.tensor(values_B).repeat_interleave(lengths).to(self.ids_M.device)
 
-    def concatenate(self, values: list[list[float]]) -> Tensor:
-        """A list of values for each row, one a token, in one tensor [Q]."""
-        return torch.tensor([x for row in values for x in row], device=self.ids_M.device)
+    def concatenate(self, values: list[Sequence[float]]) -> Tensor:
+        """Values for each row, one a token, in one tensor [Q]."""
+        return torch.tensor(np.concatenate(values, dtype=np.float32), device=self.ids_M.device)
 
     def attend(self, layer: int, q_MHE: Tensor, k_MKE: Tensor, v_MKE: Tensor) -> Tensor:
         """Attention (model.Attend), row by row: the prompt is repeated for each of its responses.
@@ -84,30 +85,31 @@ def pack(groups: list[list[Row]], device: torch.device | str = "cpu") -> Packed:
         row_tokens_BT  [0 1 3 4] [0 1 5 0] [2 6 7 0]
         home_M         0 1 8 2 3 6 9 10       token 7 is the first of row 0, 9 the first of row 2
     """
-    ids = [token for group in groups for token in group[0].prompt_ids]
+    ids = [group[0].prompt_ids for group in groups]
     pos = [t for group in groups for t in range(len(group[0].prompt_ids))]
     rows = [row for group in groups for row in group]
     T = max(len(row.prompt_ids) + len(row.ids) for row in rows)
-    home = [0] * len(ids)
+    home = [0] * len(pos)
     predictors, row_tokens, prompt_start = [], [], 0
     for group in groups:
         prompt = range(prompt_start, prompt_start + len(group[0].prompt_ids))
         for row in group:
-            tokens = [*prompt, *range(len(ids), len(ids) + len(row.ids))]
+            tokens = [*prompt, *range(len(pos), len(pos) + len(row.ids))]
             place = range(len(row_tokens) * T, len(row_tokens) * T + len(tokens))
             if row is group[0]:
                 home[prompt.start : prompt.stop] = place[: len(prompt)]
             home += place[len(prompt) :]
             predictors += tokens[len(prompt) - 1 : -1]
             pos += range(len(prompt), len(tokens))
-            ids += row.ids
+            ids.append(row.ids)
             row_tokens.append(tokens + [0] * (T - len(tokens)))
         prompt_start = prompt.stop
+    ids_M = torch.tensor(np.concatenate(ids, dtype=np.int64), device=device)
     return Packed(
         rows=rows,
-        ids_M=torch.tensor(ids, device=device),
+        ids_M=ids_M,
         pos_M=torch.tensor(pos, device=device),
-        targets_Q=torch.tensor(ids[prompt_start:], device=device),
+        targets_Q=ids_M[prompt_start:],
         predictors_Q=torch.tensor(predictors, device=device),
         group_sizes=[(len(g[0].prompt_ids), [len(row.ids) for row in g]) for g in groups],
         row_tokens_BT=torch.tensor(row_tokens, device=device),
@@ -115,35 +117,37 @@ def pack(groups: list[list[Row]], device: torch.device | str = "cpu") -> Packed:
     )
 
 
-def micro_batches(
-    groups: list[list[Row]],
-    max_tokens: int,
-    rank: int = 0,
-    num_ranks: int = 1,
-    device: torch.device | str = "cpu",
-) -> Iterator[Packed]:
-    """This rank's share of the groups, in micro-batches of at most max_tokens tokens (or one row).
+def deal(groups: list[list[Row]]) -> list[list[Row]]:
+    """Balance an optimizer step over the processes (a collective): the groups, and parts of larger
+    ones, that this one trains on. groups: all of the step; those of other processes are empty."""
+    num_ranks = parallel.num_ranks()
+    if num_ranks == 1:
+        return groups
+    sizes = parallel.total({n: sum(len(row.ids) for row in g) for n, g in enumerate(groups)})
+    limit = math.ceil(sum(sizes.values()) / num_ranks)
+    parcels, loads = [[] for _ in range(num_ranks)], [(0, rank) for rank in range(num_ranks)]
+    for n in sorted(sizes, key=sizes.get, reverse=True):
+        rows, num_parts = sorted(groups[n], key=lambda row: len(row.ids)), sizes[n] // limit + 1
+        for i in range(num_parts):
+            load, least = loads[0]
+            heapq.heapreplace(loads, (load + sizes[n] / num_parts, least))
+            parcels[least].append(rows[i::num_parts])
+    return parallel.exchange([[part for part in parcel if part] for parcel in parcels])
+
+
+def micro_batches(groups: list[list[Row]], max_tokens: int) -> Iterator[Packed]:
+    """This process's groups in micro-batches of at most max_tokens tokens (or one row).
 
     A group that is too large is cut, its prompt repeated. The largest parts come first, so that
-    memory runs out in the first step or never. Every micro-batch is a collective, so all ranks get
-    equally many: a rank with fewer also gets dummies of one row, whose weight is 0.
+    memory runs out in the first step or never. Every micro-batch is a collective, so all processes
+    get equally many: one with fewer also gets dummies of one row, whose weight is 0.
     """
-    num_tokens = sum(_num_tokens(group) for group in groups)
-    limit = min(max_tokens, math.ceil(num_tokens / num_ranks))
-    parts = [part for group in groups for part in _cut(group, limit)]
-    parts.sort(key=_num_tokens, reverse=True)
-    shares = [[] for _ in range(num_ranks)]
-    loads = [(0, r) for r in range(num_ranks)]
-    for part in parts:
-        load, least = heapq.heappop(loads)
-        shares[least].append(part)
-        heapq.heappush(loads, (load + _num_tokens(part), least))
-    batches = [_fill(share, max_tokens) for share in shares]
-    for batch in batches[rank]:
-        yield pack(batch, device)
-    dummy = dataclasses.replace(parts[-1][0], weight=0.0)
-    for _ in range(max(map(len, batches)) - len(batches[rank])):
-        yield pack([[dummy]], device)
+    parts = [part for group in groups for part in _cut(group, max_tokens)]
+    batches = _fill(sorted(parts, key=_num_tokens, reverse=True), max_tokens)
+    dummy = Row([0], [0], sampler_logps=[0.0], old_logps=[0.0], ref_logps=[0.0])
+    batches += [[[dummy]]] * (max(parallel.gather(lambda: len(batches))) - len(batches))
+    for batch in batches:
+        yield pack(batch, parallel.device())
 
 
 def _num_tokens(rows: list[Row]) -> int:

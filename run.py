@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -143,15 +144,17 @@ class Run:
     ) -> None:
         """The one place that a step writes: its trajectories, its record in metrics.jsonl, its
         console line, and the progress it made (fields of Progress)."""
-        trajectories = [vars(trajectory) for group in trajectories for trajectory in group]
-        total = self.progress.num_trajectories + len(trajectories)
+        records = [vars(t) | {"group": n} for n, group in enumerate(trajectories) for t in group]
+        if parallel.num_ranks() == 1:  # they are in their order
+            records = [vars(t) for group in trajectories for t in group]
+        total = self.progress.num_trajectories + parallel.total({"new": len(records)})["new"]
         warning = truncation_warning(record.get("rl/truncated_share", 0.0))
         if warning and not self.progress.cut_off:  # once a run; an evaluation says it each time
             line, progress = (line or "") + warning, progress | {"cut_off": True}
         self.progress = dataclasses.replace(self.progress, num_trajectories=total, **progress)
         iteration = self.progress.iteration
         if trajectories:
-            self.append(f"trajectories/iteration_{iteration + 1}.jsonl", trajectories)
+            self.append(f"trajectories/iteration_{iteration + 1}.jsonl", records, own=True)
         place = {"iteration": iteration, "rl_steps": self.rl_steps, "num_trajectories": total}
         record = record | place | {"time/total_s": round(time.perf_counter() - self._start, 3)}
         self.append("metrics.jsonl", [record])
@@ -172,28 +175,34 @@ class Run:
         if self._wandb is not None:
             self._wandb.log(values | {"step": x})
 
-    def append(self, name: str, records: list[dict]) -> None:
-        """Append records to a .jsonl file of the run directory."""
+    def append(self, name: str, records: list[dict], own: bool = False) -> None:
+        """Append the first process's records to a .jsonl file of the run directory; own: those of
+        every process, each to a file of its own if there are several, NAME.rankR.jsonl."""
+        if own and parallel.num_ranks() > 1:
+            name = name.replace(".jsonl", f".rank{parallel.rank()}.jsonl")
 
         def write() -> None:
             file = self.path / name
             with _disk(file):
                 file.parent.mkdir(exist_ok=True)
                 with file.open("a", encoding="utf-8") as stream:
-                    stream.writelines(json.dumps(record) + "\n" for record in records)
+                    for record in records:
+                        stream.write(json.dumps(record, default=np.ndarray.tolist) + "\n")
 
-        parallel.on_main(write)
+        parallel.gather(write if own or parallel.rank() == 0 else bool)
+
+    def shards(self, name: str) -> list[str]:
+        """This process's share of the files that NAME was written to, by any number of them."""
+        found = self.path.glob(name.replace(".jsonl", ".rank*.jsonl"))
+        files = parallel.on_main(lambda: [name, *(str(f.relative_to(self.path)) for f in found)])
+        return files[parallel.rank() :: parallel.num_ranks()]
 
     def lines(self, name: str) -> Iterator[dict]:
-        """Records of a .jsonl file, one by one; none if it does not exist. No collective."""
+        """Records of a .jsonl file, one by one; none if it does not exist."""
         file = self.path / name
         if file.exists():
             with file.open(encoding="utf-8") as stream:
                 yield from map(json.loads, stream)
-
-    def read(self, name: str) -> list[dict]:
-        """All records of a .jsonl file, in every process."""
-        return parallel.on_main(lambda: list(self.lines(name)))
 
     def export(self, policy: nn.Module, name: str) -> None:
         """Write the policy with its tokenizer as the Hugging Face directory RUN/policies/NAME."""
@@ -218,8 +227,8 @@ class Run:
         now = self.progress
         if now.step == 0 or (now.step % self.cfg.eval.every and now.step < num_steps):
             return False
-        evaluations = self.read("evaluations.jsonl")
-        return not any(e["policy"] == "rl" and e["rl_steps"] == self.rl_steps for e in evaluations)
+        done = self.lines("evaluations.jsonl")
+        return not any(e["policy"] == "rl" and e["rl_steps"] == self.rl_steps for e in done)
 
     # ---- checkpoints
 

@@ -128,7 +128,7 @@ def step_advantages(groups, normalize_std, max_new_tokens, overlong_buffer):
         [trajectory(group["problem"], [1] * s["length"], s["reward"]) for s in group["samples"]]
         for group in groups
     ]
-    return [[row.advantage for row in rows] for rows in rloop.training_rows(groups, cfg)]
+    return [[row.advantage for row in rloop.training_rows(group, cfg)] for group in groups]
 
 
 @function
@@ -387,7 +387,10 @@ def policy_gradient(
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     compute = {"micro_batch_tokens": micro_batch_tokens}
     cfg = run_config(rl=rl, sampling=sampling, compute=compute)
-    rows_NG = [[Row(g["prompt_ids"], **sample) for sample in g["samples"]] for g in groups]
+    rows_NG = [
+        [Row(g["prompt_ids"], **{"old_logps": s["sampler_logps"]} | s) for s in g["samples"]]
+        for g in groups
+    ]
     with traced_logprobs() as logps:
         totals = rloop.accumulate_gradient(policy, rows_NG, cfg)
     counts = {name: int(totals.pop(name)) for name in ("tokens", "clip_low", "clip_high")}
@@ -470,10 +473,10 @@ class Trace:
         self.steps.append({"lr": lr, "usable": usable, "advantages": [], "updates": []})
         return self.original["update"](run, policy, optimizer, groups, reference, lr)
 
-    def training_rows(self, groups, cfg):
-        rows_NG = self.original["training_rows"](groups, cfg)
-        self.steps[-1]["advantages"] = [[row.advantage for row in rows] for rows in rows_NG]
-        return rows_NG
+    def training_rows(self, group, cfg):
+        rows = self.original["training_rows"](group, cfg)
+        self.steps[-1]["advantages"].append([row.advantage for row in rows])
+        return rows
 
     def accumulate_gradient(self, policy, rows_NG, cfg):
         entry = {"groups": [self.place[id(rows[0].ids)][1] for rows in rows_NG]}
@@ -485,8 +488,8 @@ class Trace:
         entry |= {name: int(totals[name]) for name in ("tokens", "clip_low", "clip_high")}
         return totals
 
-    def token_weights(self, lengths, aggregation, max_new_tokens):
-        weights = self.original["token_weights"](lengths, aggregation, max_new_tokens)
+    def token_weights(self, lengths, aggregation, **options):
+        weights = self.original["token_weights"](lengths, aggregation, **options)
         self.steps[-1]["updates"][-1]["token_weights"] = weights
         return weights
 
@@ -604,7 +607,10 @@ class MemoryRun:
 
     read = lines
 
-    def append(self, name: str, records: list[dict]) -> None:
+    def shards(self, name: str) -> list[str]:
+        return [name]
+
+    def append(self, name: str, records: list[dict], own: bool = False) -> None:
         self.files.setdefault(name, []).extend(records)
 
     def commit(self, record, line=None, trajectories=(), **progress) -> None:

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -116,13 +117,28 @@ def on_main(function: Callable[[], object]):
     return gather(lambda: function() if rank() == 0 else None)[0]
 
 
-def total(measures: dict[str, float]) -> dict[str, float]:
-    """Sums over the processes; of a measure named *_max, the maximum."""
-    parts = gather(lambda: measures)
-    return {
-        name: (max if name.endswith("_max") else sum)(part[name] for part in parts)
-        for name in measures
-    }
+def exchange(parcels: list[list]) -> list:
+    """What all processes have for this one, in the order of ranks; parcels[r] is for process r."""
+    received = []
+    for source in range(num_ranks()):
+        parcel = [None]
+        dist.scatter_object_list(parcel, parcels if source == rank() else None, source)
+        received += parcel[0]
+    return received
+
+
+def total(measures: dict) -> dict:
+    """Sums over the processes."""
+    sums = torch.from_numpy(np.array([*measures.values()]))
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return dict(zip(measures, sums.tolist(), strict=True))
+
+
+def mean(values: list[float]) -> float:
+    """Mean over the values of all processes."""
+    sums = total({"values": float(np.sum(values)), "number": len(values)})
+    return sums["values"] / sums["number"]
 
 
 def stop_requested() -> bool:

@@ -23,7 +23,7 @@ GIB = 2**30  # the GB of a GPU
 PROMPT_TOKENS = 512  # assumed: the longest prompt
 RESERVE = 2 * GIB  # assumed: CUDA context, buffers of NCCL and cuBLAS
 FRAGMENTATION = 0.1  # assumed: lost in the allocator's gaps, of what training allocates
-LISTED, WRITTEN = 72, 34  # a response token in a process's memory, and in trajectories/*.jsonl
+LISTED, KEPT, WRITTEN = 68, 12, 34  # a response token: while sampled, in a trajectory, on disk
 
 
 class Setting:
@@ -106,13 +106,13 @@ def gradient(s: Setting, M: float, response_tokens: float, slots: float, checkpo
 
 
 def elsewhere(s: Setting) -> dict[str, float]:
-    """Memory of the host and disk. Every process gets all trajectories of a step."""
+    """Memory of the host and disk."""
     cfg, weights = s.cfg, 4.0 * s.whole
     response = cfg.sampling.max_new_tokens + PROMPT_TOKENS / 3  # a prompt is ids alone
     num_tokens = cfg.rl.problems_per_step * cfg.rl.samples_per_problem * response
     loop = cfg.method == "rloop"
     return {
-        "host: trajectories of a step, in every process": num_tokens * LISTED,
+        "host: trajectories of a step, in a process": num_tokens / s.gpus * (LISTED + KEPT),
         "host: weights to export, in the first process": weights,
         "disk: trajectories": cfg.iterations * cfg.rl.steps * num_tokens * WRITTEN,
         "disk: checkpoints, two and one being written": 3 * (4 if loop else 3) * weights,

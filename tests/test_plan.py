@@ -181,22 +181,25 @@ def test_an_evaluation_needs_no_training(tmp_path, capsys):
 def test_bytes_of_a_response_token():
     """Fault: trajectories that are larger in memory or on disk than planned."""
     rng, T = np.random.default_rng(0), 4096
+    ids = rng.integers(0, 152064, size=T).tolist()
+    logps = torch.tensor(-rng.exponential(size=T)).float().tolist()
     trajectory = Trajectory(
         problem="p",
         iteration=0,
         step=1,
         prompt_ids=[1],
-        ids=rng.integers(0, 152064, size=T).tolist(),
-        logps=torch.tensor(-rng.exponential(size=T)).float().tolist(),
+        ids=ids,
+        logps=logps,
         finished=True,
         response="abc " * T,
         reason="correct",
         reward=1.0,
     )
-    listed = sum(8 + sys.getsizeof(x) for x in (*trajectory.ids, *trajectory.logps))
-    listed += sys.getsizeof(trajectory.response)
-    sizes = [listed / T, len(json.dumps(vars(trajectory))) / T]
-    assert sizes == pytest.approx([plan.LISTED, plan.WRITTEN], rel=0.1)
+    listed = sum(8 + sys.getsizeof(x) for x in (*ids, *logps))
+    kept = trajectory.ids.nbytes + trajectory.logps.nbytes + sys.getsizeof(trajectory.response)
+    written = len(json.dumps(vars(trajectory), default=np.ndarray.tolist))
+    expected = [plan.LISTED * T, plan.KEPT * T, plan.WRITTEN * T]
+    assert [listed, kept, written] == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def save_model(
     """
     path, temporary = Path(path), Path(path) / "saving.tmp"
     temporary.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict() if state is None else state
+    state = dict(model.weights()) if state is None else state
     save_torch_state_dict(state, temporary, max_shard_size=max_shard_bytes)
     for name in COPIED_FILES:
         if model.source is not None and (model.source / name).exists():

@@ -9,7 +9,7 @@ slots. rloop.py lists the letters of the whole project.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -268,6 +268,13 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         """[V, D]; the embedding's where they are tied."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of its checkpoint, one by one; adapters are merged (scale/lora.py)."""
+        yield from self.state_dict().items()
+
+    def save_adapters(self, path: Path) -> None:
+        """Nothing: without scale/lora.py there are none."""
 
     def compile_blocks(self) -> "Transformer":
         """torch.compile of the blocks without their attention; on a CPU it needs a C++ compiler.

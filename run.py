@@ -196,11 +196,13 @@ class Run:
         return parallel.on_main(lambda: list(self.lines(name)))
 
     def export(self, policy: nn.Module, name: str) -> None:
-        """Write the policy with its tokenizer as the Hugging Face directory RUN/policies/NAME."""
-        state = parallel.full_state(policy)
+        """Write the policy with its tokenizer as the Hugging Face directory RUN/policies/NAME, and
+        its adapters, if it has any, as the PEFT directory RUN/adapters/NAME."""
+        state = parallel.full_state(policy.weights())
         path = self.path / "policies" / name
         with _disk(path):
             parallel.on_main(lambda: hf.save_model(policy, path, state))
+            policy.save_adapters(self.path / "adapters" / name)
 
     def finish_iteration(self, policy: nn.Module) -> None:
         """Export theta_{i+1}, and start the next iteration."""

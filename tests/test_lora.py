@@ -16,7 +16,7 @@ from test_parallel import COUNTDOWN, Processes, arguments, assert_same_run, run_
 
 import rloop
 from config import Config, LoRAConfig, load_config
-from model import Linear, Transformer
+from model import Transformer
 from packing import Row, micro_batches, pack, token_logprobs
 from run import Run
 from sampler import sampling_copy
@@ -227,9 +227,9 @@ def test_an_update_raises_the_right_answer(tiny, tmp_path, dtype, recomputed):
     assert after[0] > before[0] + 0.02 and sum(after[1:]) < sum(before[1:]) - 0.02
 
 
-def test_the_kl_terms_reference_is_the_base_in_the_first_phase(tiny, tmp_path):
-    """Fault: the reference is the policy itself, or a second model; or the policy is left with the
-    reference's adapters."""
+def test_the_kl_terms_reference_is_the_base_in_the_first_phase(tiny, tmp_path, monkeypatch):
+    """Fault: the reference is the policy itself; or the policy is left with the reference's
+    adapters."""
     policy = adapted(tiny)
     theta_0 = {name: weight.clone() for name, weight in policy.state_dict().items()}
     randomize(policy)
@@ -244,12 +244,9 @@ def test_the_kl_terms_reference_is_the_base_in_the_first_phase(tiny, tmp_path):
 
     cfg = dataclasses.replace(CFG.rl, kl_coef=0.1)
     run = Run(dataclasses.replace(CFG, rl=cfg, run_dir=str(tmp_path / "run")))
-    rloop.accumulate_gradient = spy
-    try:
-        optimizer = torch.optim.AdamW(policy.parameters())
-        metrics = rloop.update(run, policy, optimizer, groups, theta_0, 1e-3)
-    finally:
-        rloop.accumulate_gradient = real
+    monkeypatch.setattr(rloop, "accumulate_gradient", spy)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    metrics = rloop.update(run, policy, optimizer, groups, theta_0, 1e-3)
     with torch.no_grad():
         expected = token_logprobs(tiny, pack([rows]))[0].view(4, 3)
     torch.testing.assert_close(torch.tensor([row.ref_logps for row in rows]), expected)
@@ -422,12 +419,6 @@ def test_a_state_of_other_adapters_is_refused(tiny):
     for state in (dict(list(policy.state_dict().items())[1:]), tiny.state_dict()):
         with pytest.raises(ValueError, match="not that of this policy's adapters"):
             policy.load_state_dict(state)
-
-
-def test_every_linear_layer_of_the_model_is_of_a_block_or_the_head(tiny):
-    """Fault: a linear layer that a later change adds elsewhere stays without an adapter."""
-    names = {n for n, m in tiny.named_modules() if isinstance(m, Linear)}
-    assert names == {n for n in names if n.startswith("model.layers.")}
 
 
 def test_config_names_what_peft_needs(whole_run):

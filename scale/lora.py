@@ -1,18 +1,15 @@
-"""LoRA (arXiv 2106.09685), swapped in from outside by one call of add. Without that call every run
-trains all weights.
+"""LoRA (arXiv 2106.09685), swapped in from outside by one call of add; at rank 0 it does nothing.
 
-A run then acts on adapters alone: they are the policy's state, so they are what the optimizer
-moves, what theta_i and the checkpoints hold, and what RFT starts from. theta_0 has B = 0, which is
-the base model. What samples, and what is exported, has the adapters merged into its weights.
+Adapters are the policy's state: what the optimizer moves, checkpoints and theta_i hold, and RFT
+starts from. theta_0 has B = 0, so it is the base model. Sampling and exports merge them.
 """
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from config import Config, LoRAConfig, write_json
@@ -21,17 +18,15 @@ from scale import parallel
 
 
 class AdaptedLinear(Linear):
-    """W x + b + alpha / rank * B A x; only A and B are trained. Names and A's initialization are
-    PEFT's."""
+    """W x + b + alpha / rank * B A x. Names and A's first values are as in PEFT."""
 
     def __init__(self, base: Linear, cfg: LoRAConfig, generator: torch.Generator):
         super().__init__(base.in_features, base.out_features, device="meta")
-        self.weight, self.bias = base.weight, base.bias
+        self.weight, self.bias, self.scale = base.weight, base.bias, cfg.alpha / cfg.rank
         self.lora_A = Linear(base.in_features, cfg.rank, bias=False)
         self.lora_B = Linear(cfg.rank, base.out_features, bias=False)
         nn.init.kaiming_uniform_(self.lora_A.weight, math.sqrt(5), generator=generator)
         nn.init.zeros_(self.lora_B.weight)
-        self.scale = cfg.alpha / cfg.rank
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.lora_B(self.lora_A(x)) * self.scale
@@ -50,11 +45,10 @@ class Adapted(Transformer):
         super().load_state_dict(state, strict=False)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Merged weights are whole and float32, whatever the base's dtype."""
+        """Merged weights are whole, and float32 whatever the base's dtype."""
         state, scale = super().state_dict(), self.lora.alpha / self.lora.rank
         for name, weight in state.items():
-            layer = name.removesuffix(".weight")
-            factors = [f"{layer}.lora_{factor}.weight" for factor in "BA"]
+            factors = [f"{name.removesuffix('.weight')}.lora_{factor}.weight" for factor in "BA"]
             if factors[0] in state:
                 b, a = (parallel.whole_tensor(state[factor]) for factor in factors)
                 weight = torch.addmm(parallel.whole_tensor(weight).float(), b, a, alpha=scale)
@@ -62,25 +56,18 @@ class Adapted(Transformer):
                 yield name, weight
 
     def save_adapters(self, path: Path) -> None:
-        """Write a directory that PEFT and vLLM load onto the base model (a collective)."""
+        """Write a directory that PEFT loads onto the base model (a collective)."""
         state = parallel.full_state(self.state_dict().items())
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": str(self.source),
-            "r": self.lora.rank,
-            "lora_alpha": self.lora.alpha,
-            "target_modules": sorted({name.split(".")[-3] for name in state}),
-            "lora_dropout": 0.0,
-            "bias": "none",
-        }
 
         def write() -> None:
             path.mkdir(parents=True, exist_ok=True)
+            config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.lora.rank}
+            config |= {"lora_alpha": self.lora.alpha, "base_model_name_or_path": str(self.source)}
+            config["target_modules"] = sorted({name.split(".")[-3] for name in state})
             write_json(path / "adapter_config.json", config)
-            temporary = path / "saving.tmp"
-            save_file({f"base_model.model.{name}": t for name, t in state.items()}, temporary)
-            os.replace(temporary, path / "adapter_model.safetensors")
+            tensors = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
+            (path / "saving.tmp").write_bytes(save(tensors))
+            (path / "saving.tmp").replace(path / "adapter_model.safetensors")
 
         parallel.on_main(write)
 

@@ -2,10 +2,9 @@
 
     python rloop.py --config configs/X.toml --plan --gpus 8 --gpu-memory-gb 80
 
-Memory of a GPU = what is always there + the larger of the phases, which follow one another:
-sampling and training. It is counted from model.py, sampler.py and packing.py in eager mode;
-tests/test_plan.py compares it with the memory of real runs on a CPU. What a GPU needs beyond it is
-assumed. All sizes are bytes; the letters are those of rloop.py.
+Memory of a GPU = what is always there + the larger of the phases, sampling and training. It is
+counted from model.py, sampler.py and packing.py in eager mode, and compared by tests/test_plan.py
+with runs on a CPU; what a GPU needs beyond it is assumed. Sizes are bytes.
 """
 
 import math
@@ -16,7 +15,7 @@ import torch
 
 import hf
 from config import Config, UserError
-from model import Linear, Transformer, round_up
+from model import Transformer, round_up
 from packing import LOGITS_AT_ONCE
 
 GIB = 2**30  # the GB of a GPU
@@ -36,18 +35,15 @@ class Setting:
         self.num_bytes = getattr(torch, cfg.compute.dtype).itemsize
         self.block = sum(weight.numel() for weight in model.model.layers[0].parameters())
         self.whole = sum(weight.numel() for weight in model.parameters())
-        layers = [m for m in model.model.layers.modules() if isinstance(m, Linear)]
-        features = sum(layer.in_features + layer.out_features for layer in layers)
-        self.adapters = cfg.lora.rank * features
-        self.trained = self.adapters or self.whole
-        part = cfg.compute.replicas / gpus
-        self.shard = 4.0 * self.trained * part  # of the float32 weights
+        products = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
+        self.adapters = cfg.lora.rank * sum(sum(weight.shape) for weight in products)
+        self.trained, part = self.adapters or self.whole, cfg.compute.replicas / gpus
+        self.shard = 4.0 * self.trained * part  # of what is float32
         self.frozen = self.num_bytes * self.whole * part if self.adapters else 0.0
 
 
 def always(s: Setting) -> float:
-    """Shards of frozen weights, of trained ones, their gradients, AdamW's moments and theta_i. The
-    KL term's copy of the weights is there while gradients are not."""
+    """Shards of the weights; of trained ones gradients, or the KL term's phi, moments, theta_i."""
     num_copies = 1 if s.cfg.method == "eval" else 4 + (s.cfg.method != "sft")
     return s.frozen + s.shard * num_copies
 
@@ -72,7 +68,6 @@ def sampling(s: Setting, rows: int, prompt_tokens: int = PROMPT_TOKENS) -> float
 
 def training(s: Setting, micro_batch_tokens: int) -> float:
     """The gradient of the most expensive micro-batch, or the optimizer's square roots of moments.
-
     Most expensive are whole groups of the longest responses; or, where no group fits, one longest
     response beside short ones of its group, which attention pads to its length."""
     if s.cfg.method == "eval":
@@ -104,12 +99,11 @@ def gradient(s: Setting, M: float, response_tokens: float, slots: float, checkpo
     # a chunk's logits, log-softmax and gradient; the head and its gradient
     head, num_logits = c.vocab_size * D, response_tokens * c.vocab_size
     at_logits = (12 if b == 4 else 14) * min(LOGITS_AT_ONCE, num_logits)
+    weights = 0
     if s.gpus > 1:  # two blocks and the root, and their gradients
         gathered = s.whole - max(0, c.num_layers - 2) * s.block
         weights = gathered * (b if s.adapters else 2 * b + 4)
-    elif s.adapters:
-        weights = 0
-    else:
+    elif not s.adapters:
         weights = s.block * b * (1 if checkpoint else c.num_layers) if b < 4 else 0
         at_logits += head * (4 + (b if b < 4 else 0))
         at_block += head * 4 * c.tie_embeddings  # a tied head's gradient waits for the embedding's
@@ -118,24 +112,20 @@ def gradient(s: Setting, M: float, response_tokens: float, slots: float, checkpo
 
 def elsewhere(s: Setting) -> dict[str, float]:
     """Memory of the host and disk. Every process gets all trajectories of a step."""
-    cfg, weights = s.cfg, 4.0 * (s.whole + s.adapters)
+    cfg, weights, copies = s.cfg, 4.0 * (s.whole + s.adapters), 3 + (s.cfg.method != "sft")
     response = cfg.sampling.max_new_tokens + PROMPT_TOKENS / 3  # a prompt is ids alone
     num_tokens = cfg.rl.problems_per_step * cfg.rl.samples_per_problem * response
     return {
         "host: trajectories of a step, in every process": num_tokens * LISTED,
         "host: weights to export, in the first process": weights,
         "disk: trajectories": cfg.iterations * cfg.rl.steps * num_tokens * WRITTEN,
-        "disk: checkpoints, two and one being written": 3
-        * (3 if cfg.method == "sft" else 4)
-        * 4.0
-        * s.trained,
+        "disk: checkpoints, two and one being written": 3 * copies * 4.0 * s.trained,
         "disk: policies": (2 * cfg.iterations if cfg.method == "rloop" else 1) * weights,
     }
 
 
 def main(cfg: Config, gpus: int = 1, gpu_memory_gb: float = 80) -> int:
-    """Print the plan. Raises UserError for replicas that do not divide the GPUs, and for a
-    config.json that is missing or not supported."""
+    """Print the plan. Raises UserError as Setting, and for replicas that do not divide the GPUs."""
     replicas, limit = cfg.compute.replicas, gpu_memory_gb * GIB
     if gpus < 1 or gpus % replicas:
         raise UserError(f"--gpus {gpus}: expected a multiple of compute.replicas = {replicas}")
@@ -151,8 +141,7 @@ def main(cfg: Config, gpus: int = 1, gpu_memory_gb: float = 80) -> int:
     counts = range(1, 2**24)
     most_rows = bisect_left(counts, True, key=lambda n: base + sampling(s, n) > limit)
     most_tokens = bisect_left(counts, True, key=lambda n: base + training(s, n) > limit)
-    counted = f"{s.whole:,} parameters, {s.trained:,} trained"
-    print(f"{cfg.model.path}: {counted}, computing in {cfg.compute.dtype}")
+    print(f"{cfg.model.path}: {s.whole:,} parameters, computing in {cfg.compute.dtype}")
     print(f"{gpus} GPUs of {gpu_memory_gb:g} GiB: {replicas} x {gpus // replicas} shards\n")
     print("GiB of a GPU")
     for name, size in sizes.items():

@@ -285,20 +285,6 @@ class Transformer(nn.Module):
             block.after = torch.compile(block.after, dynamic=True)
         return self
 
-    def init_weights(self, seed: int) -> "Transformer":
-        """Fresh weights: normal with config.json's initializer_range as std; the layers that write
-        to the residual stream are scaled by 1/sqrt(2 * num_layers) (GPT-2)."""
-        std = self.config.hf_config.get("initializer_range", 0.02)
-        generator = torch.Generator().manual_seed(seed)
-        residual = ("o_proj.weight", "down_proj.weight")
-        for name, weight in self.named_parameters():
-            if weight.dim() == 1:
-                nn.init.constant_(weight, 1.0 if name.endswith("norm.weight") else 0.0)
-            else:
-                scale = math.sqrt(2 * self.config.num_layers) if name.endswith(residual) else 1.0
-                nn.init.normal_(weight, std=std / scale, generator=generator)
-        return self
-
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "Transformer":
         """Load a Hugging Face directory; see hf.load_model."""

@@ -131,8 +131,6 @@ class Run:
         except ImportError as error:
             raise UserError(f"logging: {error}; pip install {' '.join(self.cfg.logging)}") from None
 
-    # ---- what a run writes along the way
-
     @property
     def rl_steps(self) -> int:
         """Finished RL steps of the whole run."""
@@ -222,8 +220,6 @@ class Run:
             return False
         evaluations = self.read("evaluations.jsonl")
         return not any(e["policy"] == "rl" and e["rl_steps"] == self.rl_steps for e in evaluations)
-
-    # ---- checkpoints
 
     def checkpoint_if(self, due: bool, policy, optimizer, theta_i=None) -> None:
         """Write a checkpoint if one is due or a stop is requested. Raises Stopped for a stop."""

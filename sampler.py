@@ -214,9 +214,6 @@ def _check(model, prompts, num_samples, max_new_tokens, temperature, top_p, top_
             raise ValueError(f"sample: prompt {i}: ids outside the vocabulary 0..{vocabulary - 1}")
 
 
-# ---- the weights that are sampled from
-
-
 @torch.no_grad()
 def sampling_copy(policy: Transformer, dtype: str, compiled: bool = False) -> Transformer:
     """An unsharded copy of the current weights in dtype ("float32" or "bfloat16"), or the policy

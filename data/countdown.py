@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from answers.extract import extract_boxed, extract_tagged, final_part
 from config import UserError
@@ -45,28 +44,6 @@ def split_of(numbers: tuple[int, ...]) -> str:
     return next(split for split, buckets in BUCKETS.items() if bucket in buckets)
 
 
-def random_derivation(
-    numbers: tuple[int, ...],
-    rng: np.random.Generator,
-    in_order: bool = False,
-    operators: str = OPERATORS,
-) -> tuple[str, int] | None:
-    """Combine two random numbers of the board (in_order: its first two) until one is left.
-
-    Returns (steps, value), or None when a result leaves 0..MAX_VALUE."""
-    board, steps = list(numbers), []
-    while len(board) > 1:
-        pair = [board.pop(0 if in_order else int(rng.integers(len(board)))) for _ in range(2)]
-        a, b = pair if rng.random() < 0.5 else pair[::-1]
-        operator = operators[rng.integers(len(operators))]
-        value = {"+": a + b, "-": a - b, "*": a * b}[operator]
-        if not 0 <= value <= MAX_VALUE:
-            return None
-        steps.append(f"{a} {operator} {b} = {value}")
-        board.insert(0, value)
-    return ", ".join(steps), board[0]
-
-
 def _derivations(
     split: str,
     seed: int,
@@ -75,15 +52,24 @@ def _derivations(
     in_order_share: float = 0.0,
     operators: str = OPERATORS,
 ) -> Iterator[tuple]:
-    """Endless random (numbers, target, steps) of a split."""
+    """Endless random (numbers, target, steps) of a split. Two random numbers of the board, or its
+    first two in a share of the derivations, are combined until one is left, all in 0..MAX_VALUE."""
     rng = np.random.default_rng((seed, *split.encode()))
     while True:
         numbers = tuple(int(n) for n in rng.integers(1, max_number + 1, size=num_numbers))
         if split_of(numbers) != split:
             continue
-        derivation = random_derivation(numbers, rng, rng.random() < in_order_share, operators)
-        if derivation is not None and derivation[1] > 0:
-            yield numbers, derivation[1], derivation[0]
+        in_order = rng.random() < in_order_share
+        board, steps = list(numbers), []
+        while len(board) > 1 and 0 <= board[0] <= MAX_VALUE:
+            pair = [board.pop(0 if in_order else int(rng.integers(len(board)))) for _ in range(2)]
+            a, b = pair if rng.random() < 0.5 else pair[::-1]
+            operator = operators[rng.integers(len(operators))]
+            value = {"+": a + b, "-": a - b, "*": a * b}[operator]
+            steps.append(f"{a} {operator} {b} = {value}")
+            board.insert(0, value)
+        if len(board) == 1 and 0 < board[0] <= MAX_VALUE:
+            yield numbers, board[0], ", ".join(steps)
 
 
 def generate_games(
@@ -132,17 +118,6 @@ def generate_demonstrations(
     for i, j in zip(wrong, rng.permutation(wrong), strict=True):
         swapped[i] = (demos[i][0], demos[j][1], demos[i][2])
     return swapped
-
-
-def build_tokenizer() -> Tokenizer:
-    """One token for each number 0..MAX_VALUE, sign and word of the game."""
-    words = ["<eos>", "make", "from", *":,=+-*/()", *map(str, range(MAX_VALUE + 1))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
-    )
-    return tokenizer
 
 
 # ---- the judge ----

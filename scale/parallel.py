@@ -172,9 +172,7 @@ def prepare(model: Transformer, cfg: ComputeConfig) -> Transformer:
 def set_dtypes(module: nn.Module, frozen: torch.dtype) -> nn.Module:
     """Give weights without gradient the dtype frozen; all others float32."""
     for weight in module.parameters():
-        dtype = torch.float32 if weight.requires_grad else frozen
-        if weight.dtype != dtype:
-            weight.data = weight.data.to(dtype)
+        weight.data = weight.data.to(torch.float32 if weight.requires_grad else frozen)
     return module
 
 
@@ -184,8 +182,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def full_state(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The whole tensors in float32, on the CPU of the first process; {} in the others (a
-    collective)."""
+    """The whole tensors, float32 on the CPU of the first process; {} elsewhere (a collective)."""
     state = {}
     for name, tensor in tensors:
         whole = whole_tensor(tensor.detach())

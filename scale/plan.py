@@ -2,9 +2,10 @@
 
     python rloop.py --config configs/X.toml --plan --gpus 8 --gpu-memory-gb 80
 
-Memory of a GPU = what is always there + the larger of the phases, sampling and training. It is
-counted from model.py, sampler.py and packing.py in eager mode, and compared by tests/test_plan.py
-with runs on a CPU; what a GPU needs beyond it is assumed. Sizes are bytes.
+Memory of a GPU = what is always there + the larger of the phases, which follow one another:
+sampling and training. It is counted from model.py, sampler.py and packing.py in eager mode;
+tests/test_plan.py compares it with the memory of real runs on a CPU. What a GPU needs beyond it is
+assumed. All sizes are bytes; the letters are those of rloop.py.
 """
 
 import math
@@ -37,13 +38,15 @@ class Setting:
         self.whole = sum(weight.numel() for weight in model.parameters())
         products = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
         self.adapters = cfg.lora.rank * sum(sum(weight.shape) for weight in products)
-        self.trained, part = self.adapters or self.whole, cfg.compute.replicas / gpus
+        self.trained = self.adapters or self.whole
+        part = cfg.compute.replicas / gpus
         self.shard = 4.0 * self.trained * part  # of what is float32
         self.frozen = self.num_bytes * self.whole * part if self.adapters else 0.0
 
 
 def always(s: Setting) -> float:
-    """Shards of the weights; of trained ones gradients, or the KL term's phi, moments, theta_i."""
+    """Shards of the frozen weights, and of the trained ones, their gradients, AdamW's moments and
+    theta_i. The KL term's copy of the weights is there while gradients are not."""
     num_copies = 1 if s.cfg.method == "eval" else 4 + (s.cfg.method != "sft")
     return s.frozen + s.shard * num_copies
 
@@ -68,6 +71,7 @@ def sampling(s: Setting, rows: int, prompt_tokens: int = PROMPT_TOKENS) -> float
 
 def training(s: Setting, micro_batch_tokens: int) -> float:
     """The gradient of the most expensive micro-batch, or the optimizer's square roots of moments.
+
     Most expensive are whole groups of the longest responses; or, where no group fits, one longest
     response beside short ones of its group, which attention pads to its length."""
     if s.cfg.method == "eval":
@@ -112,20 +116,22 @@ def gradient(s: Setting, M: float, response_tokens: float, slots: float, checkpo
 
 def elsewhere(s: Setting) -> dict[str, float]:
     """Memory of the host and disk. Every process gets all trajectories of a step."""
-    cfg, weights, copies = s.cfg, 4.0 * (s.whole + s.adapters), 3 + (s.cfg.method != "sft")
+    cfg, weights = s.cfg, 4.0 * (s.whole + s.adapters)
+    num_copies = 3 + (cfg.method != "sft")  # the weights, two moments and theta_i
     response = cfg.sampling.max_new_tokens + PROMPT_TOKENS / 3  # a prompt is ids alone
     num_tokens = cfg.rl.problems_per_step * cfg.rl.samples_per_problem * response
     return {
         "host: trajectories of a step, in every process": num_tokens * LISTED,
         "host: weights to export, in the first process": weights,
         "disk: trajectories": cfg.iterations * cfg.rl.steps * num_tokens * WRITTEN,
-        "disk: checkpoints, two and one being written": 3 * copies * 4.0 * s.trained,
+        "disk: checkpoints, two and one being written": 3 * num_copies * 4.0 * s.trained,
         "disk: policies": (2 * cfg.iterations if cfg.method == "rloop" else 1) * weights,
     }
 
 
 def main(cfg: Config, gpus: int = 1, gpu_memory_gb: float = 80) -> int:
-    """Print the plan. Raises UserError as Setting, and for replicas that do not divide the GPUs."""
+    """Print the plan. Raises UserError for replicas that do not divide the GPUs, and for a
+    config.json that is missing or not supported."""
     replicas, limit = cfg.compute.replicas, gpu_memory_gb * GIB
     if gpus < 1 or gpus % replicas:
         raise UserError(f"--gpus {gpus}: expected a multiple of compute.replicas = {replicas}")

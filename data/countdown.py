@@ -13,6 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from answers.extract import extract_boxed, extract_tagged, final_part
+from answers.latex import NotMath
 from config import UserError
 
 MAX_VALUE = 99  # of targets and intermediate results: every number up to it is one token
@@ -45,15 +46,11 @@ def split_of(numbers: tuple[int, ...]) -> str:
 
 
 def _derivations(
-    split: str,
-    seed: int,
-    num_numbers: int,
-    max_number: int,
-    in_order_share: float = 0.0,
-    operators: str = OPERATORS,
+    split: str, seed: int, num_numbers: int, max_number: int, habits: tuple = (0.0, OPERATORS)
 ) -> Iterator[tuple]:
     """Endless random (numbers, target, steps) of a split. Two random numbers of the board, or its
     first two in a share of the derivations, are combined until one is left, all in 0..MAX_VALUE."""
+    in_order_share, operators = habits
     rng = np.random.default_rng((seed, *split.encode()))
     while True:
         numbers = tuple(int(n) for n in rng.integers(1, max_number + 1, size=num_numbers))
@@ -110,7 +107,7 @@ def generate_demonstrations(
         stages = " or countdown:".join(STAGES)
         raise UserError(f"demonstrations 'countdown:{stage}': expected countdown:{stages}")
     wrong_target_share, *habits = STAGES[stage]
-    source = _derivations("demonstrations", seed, num_numbers, max_number, *habits)
+    source = _derivations("demonstrations", seed, num_numbers, max_number, habits)
     demos = [next(source) for _ in range(size)]
     rng = np.random.default_rng((seed, 1))
     wrong = np.flatnonzero(rng.random(size) < wrong_target_share)
@@ -174,7 +171,7 @@ def _judged(text: str, numbers: Sequence[int], target: int | Fraction) -> tuple[
     derivation = _Derivation(_tokens(text), numbers)
     try:
         derivation.run()
-    except _NotADerivation:
+    except NotMath:
         return "unparsable", text
     is_correct = derivation.valid and derivation.board == [target]
     return "correct" if is_correct else "wrong", text
@@ -192,15 +189,11 @@ def _tokens(text: str) -> list[str]:
     return _TOKEN.findall(text.translate(_SIGNS))
 
 
-class _NotADerivation(Exception):
-    pass
-
-
 class _Derivation:
     """Recursive descent over the tokens, which evaluates as it reads.
 
     valid turns False at a number that is not on the board, a wrongly stated value or a division by
-    zero; a syntax error raises _NotADerivation."""
+    zero; a syntax error raises NotMath."""
 
     def __init__(self, tokens: list[str], numbers: Sequence[int]):
         self.tokens = [*tokens, "", ""]
@@ -223,7 +216,7 @@ class _Derivation:
                 values.append(self.expression(takes=is_stated and len(values) == 1))
             self.valid &= len(set(values)) == 1
             if self.tokens[self.position] not in ("", ",", ";", "\n"):
-                raise _NotADerivation
+                raise NotMath
             self.board.append(values[0])
 
     def expression(self, takes: bool) -> int | Fraction:
@@ -253,23 +246,23 @@ class _Derivation:
         if token == "(":
             self.depth += 1
             if self.depth > MAX_DEPTH:
-                raise _NotADerivation
+                raise NotMath
             value = self.expression(takes)
             if self.tokens[self.position] != ")":
-                raise _NotADerivation
+                raise NotMath
             self.position += 1
             self.depth -= 1
             return value
         if token.endswith("frac"):
             if self.tokens[self.position] != "(":
-                raise _NotADerivation
+                raise NotMath
             numerator = self.factor(takes)
             return self.quotient(numerator, self.factor(takes))
-        raise _NotADerivation
+        raise NotMath
 
     def number(self, token: str, takes: bool) -> int | Fraction:
         if len(token) > MAX_DIGITS:
-            raise _NotADerivation
+            raise NotMath
         value = Fraction(token) if "." in token else int(token)
         if takes:
             try:

@@ -48,14 +48,11 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """A norm that computes in its input's dtype, as Linear."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def rope_frequencies(config: TransformerConfig, device: torch.device | str = "cpu") -> Tensor:
@@ -212,26 +209,19 @@ class Block(nn.Module):
         return x_D + self.mlp(self.post_attention_layernorm(x_D))
 
 
-class Body(nn.Module):
-    """What Hugging Face calls `model.`: everything but the head."""
-
-    def __init__(self, c: TransformerConfig):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
-        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
-
-
 class Transformer(nn.Module):
     """model(ids_BT) -> logits_BTV, float32: position t's logits predict the token at t + 1."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.config = config
-        self.model = Body(config)
+        self.config = c = config
+        self.model = nn.Module()  # Hugging Face's name of everything but the head
+        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.model.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
+        self.model.norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.lm_head: Linear | None = None  # None: the embedding is the head, too
-        if not config.tie_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not c.tie_embeddings:
+            self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
         self.compute_dtype: torch.dtype | None = None  # of the activations; None = the weights'
         self.source: Path | None = None  # the directory it came from, for save_pretrained
         self.unknown_ids: Tensor | None = None  # ids without a token, which a run never samples

@@ -318,11 +318,15 @@ def test_exported_directories_load_in_transformers_and_peft(whole_run):
 
 @pytest.mark.parametrize(
     ("num_processes", "options"),
-    [(2, ()), (3, ("--compute.checkpoint_activations", "true"))],
+    [
+        (2, ()),
+        (2, ("--compute.replicas", "2")),
+        (3, ("--compute.checkpoint_activations", "true")),
+    ],
 )
 def test_many_processes_learn_what_one_does(whole_run, tmp_path, num_processes, options):
     """Fault: shards of frozen weights or of adapters with fewer rows than processes; adapters that
-    differ from process to process; a merge of shards."""
+    differ from process to process, or from replica to replica; a merge of shards."""
     run_with(num_processes, tmp_path / "run", *LORA_RUN, *options)
     assert_same_run(tmp_path / "run", whole_run)
     name = "adapters/theta_2/adapter_model.safetensors"

@@ -28,18 +28,12 @@ def swap_in() -> None:
     packing.Packed.attend = attend
 
 
-# ---- memory
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks. By default it returns large ones to the kernel, and every step
     faults them in again. The numbers are M_MMAP_MAX and M_TRIM_THRESHOLD of man 3 mallopt."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)
         libc.mallopt(-1, -1)
-
-
-# ---- sampling: weights packed for oneDNN
 
 
 class PackedLinear(nn.Module):
@@ -60,13 +54,10 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 # torch.compile accepts oneDNN's operator with constant weights only; ours, with any weights
 if not hasattr(torch.ops.rloop, "packed_linear"):  # this file may be imported under two names
-    torch.library.define(
-        "rloop::packed_linear", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor"
-    )
-    torch.library.impl("rloop::packed_linear", "CompositeExplicitAutograd", packed_linear)
-    torch.library.register_fake(
-        "rloop::packed_linear", lambda x, packed, bias: x.new_empty(*x.shape[:-1], len(packed))
-    )
+    operator = "rloop::packed_linear"
+    torch.library.define(operator, "(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
+    torch.library.impl(operator, "CompositeExplicitAutograd", packed_linear)
+    torch.library.register_fake(operator, lambda x, w, bias: x.new_empty(*x.shape[:-1], len(w)))
 
 
 def pack_layers(copy: Transformer) -> None:
@@ -84,9 +75,6 @@ def pack_layers(copy: Transformer) -> None:
 def can_pack(weight: Tensor) -> bool:
     on_cpu = weight.device.type == "cpu"
     return on_cpu and weight.dtype == torch.bfloat16 and weight.numel() >= PACKED_FROM
-
-
-# ---- training: attention in two parts
 
 
 class Slots:

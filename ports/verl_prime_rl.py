@@ -34,7 +34,8 @@ def verl_parser(train: str, model: str) -> Callable[[dict], list[Rollout]]:
 
     The lines hold texts without special tokens: a prompt is found by its text among those of train
     (data.train_files), the ids are encoded again, and every response counts as finished. acc, where
-    there is one, comes before the score, which may hold a penalty.
+    there is one, comes before the score, which may hold a penalty. Rows whose uid begins with "pad"
+    fill up a batch: nobody sampled them.
     """
     tokenizer, prompts = Tokenizer(model, chat=True), {}
     for record, _ in read_records(train):
@@ -43,6 +44,8 @@ def verl_parser(train: str, model: str) -> Callable[[dict], list[Rollout]]:
 
     def parse(record: dict) -> list[Rollout]:
         text, response = record["input"], record["output"]
+        if str(record.get("uid")).startswith("pad"):
+            return []
         if text not in prompts:
             raise UserError(f"no prompt of {train} reads {text[:200]!r}")
         messages, prompt_ids = prompts[text]

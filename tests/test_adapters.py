@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pandas
 import pyarrow
 import pyarrow.parquet
@@ -177,3 +178,179 @@ def test_trl_refuses_what_it_lacks(trl_run):
     with pytest.raises(UserError, match="multiple"):
         override = ["--rl.problems_per_step", "7", "--rl.minibatches", "2"]
         trl_rloop.run(load_config(ROOT / "configs" / "countdown.toml", override))
+
+
+# ---- verl and prime-rl
+
+
+def write_rows(file, rows: list[dict]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def messages_of(file) -> list[list[dict]]:
+    """The column messages, as verl's fine-tuning reads it; prime-rl's reads the same through
+    datasets.load_dataset."""
+    loaded = datasets.load_dataset("parquet", data_files=str(file), split="train")
+    assert loaded.column_names == ["messages"]
+    frame = pandas.read_parquet(file, dtype_backend="pyarrow")
+    assert [list(messages) for messages in frame["messages"]] == list(loaded["messages"])
+    return list(loaded["messages"])
+
+
+@pytest.fixture
+def verl(tmp_path):
+    """Three steps of a run of verl: a function that turns its files into experts, and the paths.
+    The texts are those that transformers decodes, as in verl's _log_rollout_data."""
+    write_checkpoint(tmp_path, "qwen", chat_template=CHATML)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    system = {"role": "system", "content": "Be brief."}
+    prompts = [[system, {"role": "user", "content": f"What is {n} + 1?"}] for n in (1, 2)]
+    train = tmp_path / "train.parquet"
+    rows = [{"prompt": prompt, "reward_model": {"ground_truth": "2"}} for prompt in prompts]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), train)
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+        pad = tokenizer.pad_token_id
+        texts.append(tokenizer.batch_decode([[pad, pad, *ids]], skip_special_tokens=True)[0])
+    assert "<|" not in texts[0]
+    for step in (10, 2, 1):
+        answers = [("2", 1.0), (f"2, in step {step}", 1.0), ("no", 0.0), ("no", 0.0)]
+        rows = [{"input": texts[0], "output": text, "score": score} for text, score in answers]
+        rows += [{"input": texts[1], "output": "no", "score": 0.0, "acc": False}] * 4
+        rows += [{"input": texts[1], "output": "3", "score": -0.4, "acc": True}]
+        rows += [{"input": "", "output": "", "score": 0.0, "uid": "pad0f_0_0"}]
+        write_rows(tmp_path / f"{step}.jsonl", [row | {"step": step} for row in rows])
+
+    def select(*options) -> list[list[dict]]:
+        files = sorted(str(file) for file in tmp_path.glob("*.jsonl"))
+        out = tmp_path / "sft" / "train.parquet"
+        sources = ["--train", str(train), "--model", str(tmp_path), "--out", str(out)]
+        verl_prime_rl.main(["verl", *files, *sources, *options])
+        return messages_of(out)
+
+    return select, tmp_path, prompts
+
+
+def test_verl_experts(verl, capsys):
+    """Fault: the files are taken in the order of their names (10 before 2), so that the experts are
+    not spread over the phase; a right answer with a penalty counts as wrong; a padding row counts
+    as an attempt; the system message is lost."""
+    select, _, prompts = verl
+    rows = select("--select.max_per_problem", "3")
+    assert [messages[:-1] for messages in rows] == [prompts[0]] * 3 + [prompts[1]]
+    assert {messages[-1]["role"] for messages in rows} == {"assistant"}
+    replies = [messages[-1]["content"] for messages in rows]
+    assert replies == ["2", "2, in step 2", "2, in step 10", "3"]
+    assert capsys.readouterr().out == "9 of 27 correct; 4 experts on 2 problems\n"
+    assert [m[0] for m in select("--select.max_success_rate", "0.2")] == [prompts[1][0]]
+
+
+def test_verl_trains_on_the_response_and_the_turns_end(verl):
+    """Fault: what verl's MultiTurnSFTDataset trains, the assistant's message in the chat template
+    behind the generation prompt, is not the response and the stop token."""
+    select, path, _ = verl
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    whole, prompt = [
+        tokenizer.apply_chat_template(messages, add_generation_prompt=start)["input_ids"]
+        for messages in [select()[0]]
+        for messages, start in [(messages, False), (messages[:-1], True)]
+    ]
+    assert whole[: len(prompt)] == prompt
+    assert tokenizer.decode(whole[len(prompt) :]) == "2<|eot|>\n"
+
+
+def test_verl_rollouts_are_trajectories(verl):
+    """Fault: the encoded ids differ from those that the policy would sample, or lack the stop
+    token."""
+    _, path, prompts = verl
+    parse = verl_prime_rl.verl_parser(str(path / "train.parquet"), str(path))
+    first = next(verl_prime_rl.read([str(path / "2.jsonl")], parse))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    template = tokenizer.apply_chat_template(prompts[0], add_generation_prompt=True)
+    assert first.prompt_ids == template["input_ids"] and first.step == 2
+    assert tokenizer.decode(first.ids) == "2<|eot|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input": "Who?", "output": "2", "score": 1.0, "step": 1}, "x.jsonl:1: no prompt of"),
+        ({"input": "Who?", "score": 1.0, "step": 1}, "x.jsonl:1: no field 'output'"),
+    ],
+)
+def test_verl_names_what_cannot_be_read(verl, row, message):
+    """Fault: a rollout without its prompt is left out in silence, or the line is not named."""
+    select, path, _ = verl
+    write_rows(path / "x.jsonl", [row])
+    with pytest.raises(UserError, match=message):
+        select()
+
+
+def episode(step: int, reply: str, score: float, ids: list[int], work="train", **changes) -> dict:
+    """The fields that are read of verifiers 0.4.0's Episode.to_record, one trace each."""
+    prompt = {"message": {"role": "user", "content": "What is 1 + 1?"}, "sampled": False}
+    reply = {"message": {"role": "assistant", "content": reply}, "sampled": True, "parent": 0}
+    prompt |= {"token_ids": [1, 2, 3], "mask": [False] * 3, "logprobs": []}
+    reply |= {"token_ids": [4, *ids], "mask": [False] + [True] * len(ids)}
+    reply["logprobs"] = [-0.5] * len(ids)
+    trace = {
+        "task": {"type": "Sum", "key": "sum-1", "hash": "ab"},
+        "agent": {"name": "agent", "trainable": True},
+        "nodes": [prompt, reply],
+        "calls": [{"node": 1, "finish_reason": "stop"}],
+        "rewards": {
+            "right": {"score": score, "weight": 0.75},
+            "form": {"score": 1.0, "weight": 0.25},
+        },
+        "ok": True,
+    }
+    run = {"type": "train", "id": "r", "work": {"type": work, "step": step}}
+    return {"id": "e", "run": run, "traces": [trace | changes]}
+
+
+def test_prime_rl_experts(tmp_path, capsys):
+    """Fault: steps are out of order, evaluations and failed or untrained rollouts count as
+    attempts, a weighted reward is summed without weights, the generation prompt counts as
+    sampled."""
+    rows = [
+        *(episode(10, "two", 1.0, [6, 6, 9]), episode(2, "2", 1.0, [7, 9])),
+        *(
+            episode(2, "3", 0.0, [8, 9]),
+            episode(1, "II", 1.0, [5, 9]),
+            episode(3, "2", 1.0, [7, 9]),
+        ),
+        episode(1, "failed", 1.0, [9], ok=False),
+        episode(1, "evaluation", 1.0, [9], work="eval"),
+        episode(1, "judge", 1.0, [9], agent={"name": "judge", "trainable": False}),
+    ]
+    file = write_rows(tmp_path / "stream.jsonl", rows)
+    out = tmp_path / "sft" / "train.parquet"
+    verl_prime_rl.main(["prime-rl", file, "--out", str(out), "--select.max_per_problem", "2"])
+    assert [messages[-1]["content"] for messages in messages_of(out)] == ["II", "two"]
+    assert capsys.readouterr().out == "4 of 5 correct; 2 experts on 1 problems\n"
+    (rollout,) = verl_prime_rl.parse_prime_rl(rows[0])
+    assert (rollout.prompt_ids, rollout.ids, rollout.logps) == ([1, 2, 3, 4], [6, 6, 9], [-0.5] * 3)
+    assert rollout.finished and rollout.problem == "sum-1" and rollout.reward == 1.0
+    (wrong,) = verl_prime_rl.parse_prime_rl(rows[2])
+    assert wrong.reward == 0.25
+
+
+def test_prime_rl_names_what_it_does_not_read(tmp_path):
+    """Fault: of a rollout of several turns one is trained; a row of an older version is left out in
+    silence."""
+    several = episode(1, "2", 1.0, [7, 9])
+    several["traces"][0]["nodes"] *= 2
+    out = ["--out", str(tmp_path / "out.parquet")]
+    for row, message in ((several, "1: expected rollouts of one turn"), ({}, "1: no field 'run'")):
+        file = write_rows(tmp_path / "stream.jsonl", [row])
+        with pytest.raises(UserError, match=f"stream.jsonl:{message}"):
+            verl_prime_rl.main(["prime-rl", file, *out])
+
+
+def test_no_experts_write_nothing(tmp_path):
+    """Fault: an empty file, on which the frameworks' fine-tuning fails, or starts."""
+    file = write_rows(tmp_path / "stream.jsonl", [episode(1, "3", 0.0, [8, 9])])
+    verl_prime_rl.main(["prime-rl", file, "--out", str(tmp_path / "out.parquet")])
+    assert list(tmp_path.iterdir()) == [tmp_path / "stream.jsonl"]

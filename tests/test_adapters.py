@@ -63,7 +63,7 @@ def trl_run(tmp_path_factory):
     cfg = load_config(ROOT / "configs" / "countdown.toml", [
         *("--model.path", str(BASE), "--run_dir", str(tmp_path_factory.mktemp("trl") / "run")),
         *("--iterations", "2", "--rl.steps", "3", "--rl.problems_per_step", "8"),
-        *("--rl.minibatches", "1", "--rl.lr", "1e-3", "--rft.epochs", "2"),
+        *("--rl.minibatches", "1", "--rl.lr", "1e-3", "--sampling.temperature", "1.3", "--rft.epochs", "2"),
     ])  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trl_rloop.GRPOTrainer, "_generate_single_turn", generate_and_keep)

@@ -13,14 +13,14 @@ from conftest import ROOT
 from test_tokenizer import CHATML, write_checkpoint
 
 import rloop
-from config import UserError, load_config
+from config import Config, UserError, load_config
 from data import load_data
 from data.tokenizer import Tokenizer
 from model import Transformer
 from packing import Row
 from ports import trl_rloop, verl_prime_rl
 from rloop import Trajectory, select_experts
-from verify import verify_many
+from verify import Verdict, verify_many
 
 BASE = ROOT / "data" / "countdown_base"
 
@@ -30,6 +30,13 @@ BASE = ROOT / "data" / "countdown_base"
 
 def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def small_config(path, *options: str) -> Config:
+    return load_config(ROOT / "configs" / "countdown.toml", [
+        *("--model.path", str(BASE), "--run_dir", str(path / "run"), "--iterations", "2"),
+        *("--rl.problems_per_step", "8", "--rl.minibatches", "1", "--rl.lr", "1e-3", *options),
+    ])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +67,7 @@ def trl_run(tmp_path_factory):
 
         return train_and_keep
 
-    cfg = load_config(ROOT / "configs" / "countdown.toml", [
-        *("--model.path", str(BASE), "--run_dir", str(tmp_path_factory.mktemp("trl") / "run")),
-        *("--iterations", "2", "--rl.steps", "3", "--rl.problems_per_step", "8"),
-        *("--rl.minibatches", "1", "--rl.lr", "1e-3", "--sampling.temperature", "1.3", "--rft.epochs", "2"),
-    ])  # fmt: skip
+    cfg = small_config(tmp_path_factory.mktemp("trl"), "--rl.steps", "3", "--rft.epochs", "2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trl_rloop.GRPOTrainer, "_generate_single_turn", generate_and_keep)
         patch.setattr(trl_rloop.GRPOTrainer, "_calculate_rewards", score_and_keep)
@@ -145,16 +148,30 @@ def test_trl_fine_tuning_has_the_same_loss(trl_run):
     assert logged["learning_rate"] == cfg.rft.lr
 
 
-def test_trl_gradient_differs_as_documented(trl_run):
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_trl_gradient_differs_as_documented(aggregation, monkeypatch, tmp_path):
     """Fault: the adapter's settings give TRL another gradient than docs/adapters.md says: ours
-    times sqrt((G-1)/G), for the unbiased std, times the share of tokens in groups that are not
-    flat."""
-    cfg, seen = trl_run
-    G = cfg.rl.samples_per_problem
-    rows = [t for t in lines(cfg, "trajectories", 1) if t.step == 1]
+    times sqrt((G-1)/G), for the unbiased std, times the share of tokens, or of responses, in groups
+    that are not flat. Responses of many lengths, with rewards that depend on nothing."""
+    options = ["--rl.aggregation", aggregation, "--sampling.temperature", "3.0"]
+    cfg = small_config(tmp_path, "--rl.steps", "1", *options)
+    history = []
+
+    def train_and_keep(self):
+        train(self)
+        history.extend(self.state.log_history)
+
+    def odd_length(problems, texts):
+        pairs = zip(problems, texts, strict=True)
+        return [Verdict(True, "", reward=len(t) * p.numbers[0] % 2) for p, t in pairs]
+
+    train = trl_rloop.GRPOTrainer.train
+    monkeypatch.setattr(trl_rloop.GRPOTrainer, "train", train_and_keep)
+    monkeypatch.setattr(trl_rloop, "verify_many", odd_length)
+    rows, G = trl_rloop.explore(BASE, cfg, 0, load_data(cfg)[0]), cfg.rl.samples_per_problem
     groups = [rows[i : i + G] for i in range(0, len(rows), G)]
     usable = [group for group in groups if not rloop.is_flat(group)]
-    assert 0 < len(usable) < len(groups)
+    assert 0 < len(usable) < len(groups) and len({len(t.ids) for t in rows}) > 5
     policy = Transformer.from_pretrained(BASE)
     rows_NG = rloop.training_rows(usable, cfg)
     rloop.set_logprobs(rows_NG, "old_logps", policy, cfg)
@@ -162,9 +179,10 @@ def test_trl_gradient_differs_as_documented(trl_run):
         row.sampler_logps = row.old_logps
     rloop.accumulate_gradient(policy, rows_NG, cfg)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), float("inf")).item()
-    share = sum(len(t.ids) for g in usable for t in g) / sum(len(t.ids) for t in rows)
+    size = (lambda t: len(t.ids)) if aggregation == "token" else (lambda t: 1)
+    share = sum(size(t) for group in usable for t in group) / sum(size(t) for t in rows)
     expected = norm * share * ((G - 1) / G) ** 0.5
-    assert seen["rl"][0][2][0]["grad_norm"] == pytest.approx(expected, rel=2e-3)
+    assert history[0]["grad_norm"] == pytest.approx(expected, rel=2e-3)
 
 
 def test_trl_refuses_what_it_lacks(trl_run):

@@ -137,7 +137,7 @@ def write_lines(file: Path, trajectories: list) -> None:
 def run(cfg: Config) -> None:
     """The loop. Every trainer loads theta_i from its directory, so RFT cannot start from phi."""
     if cfg.rl.max_sampling_rounds > 1 or cfg.rl.overlong_buffer or cfg.rl.importance_cap:
-        raise UserError("TRL has no rl.max_sampling_rounds, overlong_buffer or importance_cap")
+        raise UserError("not for TRL: rl.max_sampling_rounds, overlong_buffer and importance_cap")
     if cfg.rl.problems_per_step % cfg.rl.minibatches:
         raise UserError("with TRL rl.problems_per_step must be a multiple of rl.minibatches")
     run_dir, theta = Path(cfg.run_dir), cfg.model.path

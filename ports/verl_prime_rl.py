@@ -68,8 +68,8 @@ def parse_prime_rl(episode: dict) -> list[Rollout]:
         if not (trace["ok"] and trace["agent"]["trainable"]):
             continue
         *context, last = nodes = trace["nodes"]
-        if not last["sampled"] or any(node["sampled"] for node in context):
-            raise UserError("expected rollouts of one turn: one response, after all other messages")
+        if not any(last["mask"]) or any(node["sampled"] for node in context):
+            raise UserError("expected rollouts of one turn: the response, with its ids, comes last")
         sampled = [m for node in nodes for m in node["mask"]]
         ids = [i for node in nodes for i in node["token_ids"]]
         start = sampled.index(True)
@@ -78,7 +78,7 @@ def parse_prime_rl(episode: dict) -> list[Rollout]:
         finished = trace["calls"][-1].get("finish_reason") == "stop"
         place = {"problem": trace["task"]["key"], "iteration": 0, "step": work["step"]}
         tokens = {"prompt_ids": ids[:start], "ids": ids[start:], "logps": last["logprobs"]}
-        outcome = {"response": last["message"]["content"], "reason": "", "reward": reward}
+        outcome = {"response": last["message"].get("content", ""), "reason": "", "reward": reward}
         messages = [node["message"] for node in nodes]
         rollouts.append(Rollout(**place, **tokens, **outcome, finished=finished, messages=messages))
     return rollouts

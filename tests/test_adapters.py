@@ -191,7 +191,7 @@ def test_trl_refuses_what_it_lacks(trl_run):
     with pytest.raises(UserError, match="holds a run"):
         trl_rloop.run(cfg)
     for override in (["--rl.overlong_buffer", "4"], ["--rl.max_sampling_rounds", "2"]):
-        with pytest.raises(UserError, match="TRL has no"):
+        with pytest.raises(UserError, match="not for TRL"):
             trl_rloop.run(load_config(ROOT / "configs" / "countdown.toml", override))
     with pytest.raises(UserError, match="multiple"):
         override = ["--rl.problems_per_step", "7", "--rl.minibatches", "2"]
@@ -343,10 +343,13 @@ def test_prime_rl_experts(tmp_path, capsys):
         episode(1, "evaluation", 1.0, [9], work="eval"),
         episode(1, "judge", 1.0, [9], agent={"name": "judge", "trainable": False}),
     ]
+    rows[3]["traces"][0]["nodes"][1]["message"]["reasoning_content"] = "1 + 1"
     file = write_rows(tmp_path / "stream.jsonl", rows)
     out = tmp_path / "sft" / "train.parquet"
     verl_prime_rl.main(["prime-rl", file, "--out", str(out), "--select.max_per_problem", "2"])
-    assert [messages[-1]["content"] for messages in messages_of(out)] == ["II", "two"]
+    replies = [messages[-1] for messages in messages_of(out)]
+    assert [reply["content"] for reply in replies] == ["II", "two"]
+    assert [reply["reasoning_content"] for reply in replies] == ["1 + 1", None]
     assert capsys.readouterr().out == "4 of 5 correct; 2 experts on 1 problems\n"
     (rollout,) = verl_prime_rl.parse_prime_rl(rows[0])
     assert (rollout.prompt_ids, rollout.ids, rollout.logps) == ([1, 2, 3, 4], [6, 6, 9], [-0.5] * 3)
@@ -361,7 +364,9 @@ def test_prime_rl_names_what_it_does_not_read(tmp_path):
     several = episode(1, "2", 1.0, [7, 9])
     several["traces"][0]["nodes"] *= 2
     out = ["--out", str(tmp_path / "out.parquet")]
-    for row, message in ((several, "1: expected rollouts of one turn"), ({}, "1: no field 'run'")):
+    no_ids = episode(1, "2", 1.0, [])
+    turns = "1: expected rollouts of one turn"
+    for row, message in ((several, turns), (no_ids, turns), ({}, "1: no field 'run'")):
         file = write_rows(tmp_path / "stream.jsonl", [row])
         with pytest.raises(UserError, match=f"stream.jsonl:{message}"):
             verl_prime_rl.main(["prime-rl", file, *out])

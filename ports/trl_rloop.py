@@ -102,6 +102,7 @@ def training_options(cfg: Config, iteration: int) -> dict:
         "output_dir": cfg.run_dir,
         "seed": seed_of(cfg.seed, iteration, 0, 0) % 2**32,  # another one for each phase
         "bf16": cfg.compute.dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": cfg.compute.checkpoint_activations,
         "weight_decay": cfg.optimizer.weight_decay,
         "max_grad_norm": cfg.optimizer.grad_clip,

@@ -7,12 +7,10 @@ token belongs to whom: positions restart behind the prompt for every response.
 Shapes: M packed tokens, Q response tokens, B rows (responses), T tokens of the longest row.
 """
 
-import heapq
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,13 +26,13 @@ LOGITS_AT_ONCE = 2**25  # elements of a chunk of logits [Q, V]; bounds memory, n
 class Row:
     """One response, as RL and RFT train on it."""
 
-    prompt_ids: Sequence[int]  # these are lists or arrays
-    ids: Sequence[int]  # response tokens, the stop token included
-    sampler_logps: Sequence[float] = ()  # one a token, from sampling
+    prompt_ids: list[int]
+    ids: list[int]  # response tokens, the stop token included
+    sampler_logps: list[float] = field(default_factory=list)  # one a token, from sampling
     advantage: float = 0.0
     weight: float = 0.0  # of each of its tokens in the loss; 0 = the row does not count
-    old_logps: Sequence[float] = ()  # the sampler's, or the trainer's own
-    ref_logps: Sequence[float] = ()  # of the KL term's reference
+    old_logps: list[float] = field(default_factory=list)  # the trainer's own; empty: the sampler's
+    ref_logps: list[float] = field(default_factory=list)  # of the KL term's reference
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,9 +53,9 @@ class Packed:
         lengths = torch.tensor([len(row.ids) for row in self.rows])
         return torch.tensor(values_B).repeat_interleave(lengths).to(self.ids_M.device)
 
-    def concatenate(self, values: list[Sequence[float]]) -> Tensor:
-        """Values for each row, one a token, in one tensor [Q]."""
-        return torch.tensor(np.concatenate(values, dtype=np.float32), device=self.ids_M.device)
+    def concatenate(self, values: list[list[float]]) -> Tensor:
+        """A list of values for each row, one a token, in one tensor [Q]."""
+        return torch.tensor([x for row in values for x in row], device=self.ids_M.device)
 
     def attend(self, layer: int, q_MHE: Tensor, k_MKE: Tensor, v_MKE: Tensor) -> Tensor:
         """Attention (model.Attend), row by row: the prompt is repeated for each of its responses.
@@ -85,31 +83,30 @@ def pack(groups: list[list[Row]], device: torch.device | str = "cpu") -> Packed:
         row_tokens_BT  [0 1 3 4] [0 1 5 0] [2 6 7 0]
         home_M         0 1 8 2 3 6 9 10       token 7 is the first of row 0, 9 the first of row 2
     """
-    ids = [group[0].prompt_ids for group in groups]
+    ids = [token for group in groups for token in group[0].prompt_ids]
     pos = [t for group in groups for t in range(len(group[0].prompt_ids))]
     rows = [row for group in groups for row in group]
     T = max(len(row.prompt_ids) + len(row.ids) for row in rows)
-    home = [0] * len(pos)
+    home = [0] * len(ids)
     predictors, row_tokens, prompt_start = [], [], 0
     for group in groups:
         prompt = range(prompt_start, prompt_start + len(group[0].prompt_ids))
         for row in group:
-            tokens = [*prompt, *range(len(pos), len(pos) + len(row.ids))]
+            tokens = [*prompt, *range(len(ids), len(ids) + len(row.ids))]
             place = range(len(row_tokens) * T, len(row_tokens) * T + len(tokens))
             if row is group[0]:
                 home[prompt.start : prompt.stop] = place[: len(prompt)]
             home += place[len(prompt) :]
             predictors += tokens[len(prompt) - 1 : -1]
             pos += range(len(prompt), len(tokens))
-            ids.append(row.ids)
+            ids += row.ids
             row_tokens.append(tokens + [0] * (T - len(tokens)))
         prompt_start = prompt.stop
-    ids_M = torch.tensor(np.concatenate(ids, dtype=np.int64), device=device)
     return Packed(
         rows=rows,
-        ids_M=ids_M,
+        ids_M=torch.tensor(ids, device=device),
         pos_M=torch.tensor(pos, device=device),
-        targets_Q=ids_M[prompt_start:],
+        targets_Q=torch.tensor(ids[prompt_start:], device=device),
         predictors_Q=torch.tensor(predictors, device=device),
         group_sizes=[(len(g[0].prompt_ids), [len(row.ids) for row in g]) for g in groups],
         row_tokens_BT=torch.tensor(row_tokens, device=device),
@@ -118,21 +115,18 @@ def pack(groups: list[list[Row]], device: torch.device | str = "cpu") -> Packed:
 
 
 def deal(groups: list[list[Row]]) -> list[list[Row]]:
-    """Balance an optimizer step over the processes (a collective): the groups, and parts of larger
-    ones, that this one trains on. groups: all of the step; those of other processes are empty."""
-    num_ranks = parallel.num_ranks()
-    if num_ranks == 1:
-        return groups
+    """Deal an optimizer step out to the processes, in its order and by tokens (a collective): the
+    groups, and parts of groups, that this one trains on. groups: all of the step; those that other
+    processes have sampled are empty."""
     sizes = parallel.total({n: sum(len(row.ids) for row in g) for n, g in enumerate(groups)})
-    limit = math.ceil(sum(sizes.values()) / num_ranks)
-    parcels, loads = [[] for _ in range(num_ranks)], [(0, rank) for rank in range(num_ranks)]
-    for n in sorted(sizes, key=sizes.get, reverse=True):
-        rows, num_parts = sorted(groups[n], key=lambda row: len(row.ids)), sizes[n] // limit + 1
-        for i in range(num_parts):
-            load, least = loads[0]
-            heapq.heapreplace(loads, (load + sizes[n] / num_parts, least))
-            parcels[least].append(rows[i::num_parts])
-    return parallel.exchange([[part for part in parcel if part] for parcel in parcels])
+    num_tokens, num_ranks = sum(sizes.values()), parallel.num_ranks()
+    parcels, group_start = [{} for _ in range(num_ranks)], 0
+    for n, group in enumerate(groups):
+        start, group_start = group_start, group_start + sizes[n]
+        for row in group:
+            parcels[start * num_ranks // num_tokens].setdefault(n, []).append(row)
+            start += len(row.ids)
+    return parallel.exchange([[*parcel.values()] for parcel in parcels])
 
 
 def micro_batches(groups: list[list[Row]], max_tokens: int) -> Iterator[Packed]:
@@ -144,7 +138,7 @@ def micro_batches(groups: list[list[Row]], max_tokens: int) -> Iterator[Packed]:
     """
     parts = [part for group in groups for part in _cut(group, max_tokens)]
     batches = _fill(sorted(parts, key=_num_tokens, reverse=True), max_tokens)
-    dummy = Row([0], [0], sampler_logps=[0.0], old_logps=[0.0], ref_logps=[0.0])
+    dummy = Row([0], [0], sampler_logps=[0.0], ref_logps=[0.0])
     batches += [[[dummy]]] * (max(parallel.gather(lambda: len(batches))) - len(batches))
     for batch in batches:
         yield pack(batch, parallel.device())

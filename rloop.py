@@ -22,7 +22,6 @@ Log-probs are natural logs in float32. Everywhere run is a run.Run, policy a mod
 tokenizer a data.tokenizer.Tokenizer, cfg a config.Config, problems and heldout list[Problem].
 """
 
-import hashlib
 import math
 import sys
 import time
@@ -44,7 +43,7 @@ from model import Transformer
 from packing import Row, deal, micro_batches, token_logprobs
 from run import Run, Stopped, evaluation_line, filter_line, progress_bar, step_line
 from sampler import sample, sampling_copy
-from scale import parallel, plan, speed
+from scale import lora, parallel, plan, speed
 from verify import check_reward, verify_many
 
 STD_EPS = 1e-6  # keeps the advantages finite; GRPO
@@ -58,21 +57,18 @@ class Trajectory:
     problem: str  # Problem.id
     iteration: int
     step: int  # RL step of the iteration, from 1
+    round: int = 0  # of dynamic sampling, in the step
     prompt_ids: list[int]
-    ids: np.ndarray  # int32; response tokens, the stop token included
-    logps: np.ndarray  # float32; one a response token, of the distribution that was sampled from
+    ids: list[int]  # response tokens, the stop token included
+    logps: list[float]  # one a response token, of the distribution that was sampled from
     finished: bool  # ended on a stop token
     response: str
     reason: str  # the verdict's
     reward: float  # from 0 to 1
 
-    def __post_init__(self):
-        self.ids = np.asarray(self.ids, np.int32)
-        self.logps = np.asarray(self.logps, np.float32)
 
-
-# what the filter compares of a trajectory, in the order of sampling; ids: a digest of them
-Outcome = namedtuple("Outcome", "step group line problem reward ids")
+# what the filter needs of a trajectory; in the order of sampling when sorted
+Outcome = namedtuple("Outcome", "step round file line problem reward ids")
 
 # ---- the outer loop
 
@@ -107,9 +103,6 @@ def explore(run, policy, tokenizer, problems, heldout, num_steps, theta_i) -> No
         return  # the run was stopped in RFT: this phase is over
     cfg = run.cfg
     optimizer = new_optimizer(run, policy, resume=run.progress.step > 0)
-    reference = load_policy(cfg) if cfg.rl.kl_coef > 0 else None
-    if reference is not None:
-        reference.load_state_dict(theta_i)
     if run.evaluation_pending(num_steps):  # the run was stopped before this evaluation
         evaluate(run, policy, tokenizer, heldout, "rl")
     for step in range(run.progress.step + 1, num_steps + 1):
@@ -118,7 +111,7 @@ def explore(run, policy, tokenizer, problems, heldout, num_steps, theta_i) -> No
         if seconds["time/rollout_s"] > LONG_STEP_S:
             run.checkpoint_if(False, policy, optimizer, theta_i)  # a stop drops this step
         lr = cfg.rl.lr * min(1.0, step / (cfg.rl.warmup_steps + 1))
-        metrics = update(run, policy, optimizer, usable, reference, lr) | seconds
+        metrics = update(run, policy, optimizer, usable, theta_i, lr) | seconds
         record = {"phase": "rl", "step": step} | sampling_metrics(sampled) | metrics
         line = step_line(record, run.progress.iteration, num_steps)
         run.commit(record, line, trajectories=sampled, step=step, problems_drawn=drawn)
@@ -137,7 +130,6 @@ def sample_groups(run, policy, tokenizer, problems, step):
     process's are empty), the new position in the stream of problems, and the seconds it took.
     """
     cfg, iteration = run.cfg, run.progress.iteration
-    place = {"iteration": iteration, "step": step}
     options = {"num_samples": cfg.rl.samples_per_problem, "temperature": cfg.sampling.temperature}
     model = sampling_copy(policy, cfg.compute.dtype, cfg.compute.compile)
     usable, sampled, seconds, drawn = [], [], Counter(), run.progress.problems_drawn
@@ -145,6 +137,7 @@ def sample_groups(run, policy, tokenizer, problems, step):
         count = cfg.rl.problems_per_step - len(usable)
         fresh = next_problems(problems, drawn, count, cfg.seed)
         seed = seed_of(cfg.seed, iteration, step, round_)
+        place = {"iteration": iteration, "step": step, "round": round_}
         groups, spent = respond(model, tokenizer, fresh, cfg, seed, place, **options)
         drawn += count
         seconds.update(spent)
@@ -167,8 +160,8 @@ def seed_of(*path: int) -> int:
 
 
 def respond(model, tokenizer, problems, cfg, seed, place, *, num_samples, **options):
-    """Sample responses to the problems and score them. place: iteration and step. options: of
-    sample. Returns trajectories [problem][sample] and the seconds of sampling and of verifying.
+    """Sample responses to the problems and score them. place: iteration, step, round.
+    options: of sample. Returns trajectories [problem][sample] and the seconds of both.
 
     Every process samples for its share of the problems; the groups of the others are empty.
     """
@@ -199,20 +192,22 @@ def respond(model, tokenizer, problems, cfg, seed, place, *, num_samples, **opti
 
 def sampling_metrics(sampled: list[list[Trajectory]]) -> dict[str, float]:
     rows = [t for group in sampled for t in group]
-    return {
-        "rl/reward_mean": parallel.mean([t.reward for t in rows]),
-        "rl/flat_share": parallel.mean([is_flat(group) for group in sampled if group]),
-        "rl/len_mean_tok": parallel.mean([len(t.ids) for t in rows]),
-        "rl/truncated_share": parallel.mean([not t.finished for t in rows]),
+    num_rows = parallel.total({"rows": len(rows)})["rows"]
+    shares = {
+        "rl/reward_mean": float(np.sum([t.reward for t in rows])) / num_rows,
+        "rl/flat_share": sum(is_flat(group) for group in sampled) / len(sampled),
+        "rl/len_mean_tok": sum(len(t.ids) for t in rows) / num_rows,
+        "rl/truncated_share": sum(not t.finished for t in rows) / num_rows,
     }
+    return parallel.total(shares)
 
 
 # ---- the RL update
 
 
-def update(run, policy, optimizer, groups, reference, lr) -> dict[str, float]:
+def update(run, policy, optimizer, groups, theta_i, lr) -> dict[str, float]:
     """One RL update on the usable groups, in rl.minibatches optimizer steps; nothing without groups
-    or at learning rate 0. reference: the KL term's, or None. Returns metrics."""
+    or at learning rate 0. theta_i is the reference of the KL term. Returns metrics."""
     if not groups or lr == 0:
         return {"rl/lr": lr, "time/update_s": 0.0}
     start = time.perf_counter()
@@ -223,8 +218,11 @@ def update(run, policy, optimizer, groups, reference, lr) -> dict[str, float]:
     minibatches = [deal([rows_NG[n] for n in split]) for split in splits]
     if cfg.rl.recompute_logprobs:
         set_logprobs(sum(minibatches, []), "old_logps", policy, cfg)
-    if reference is not None:
-        set_logprobs(sum(minibatches, []), "ref_logps", reference, cfg)
+    if cfg.rl.kl_coef > 0:
+        phi = {name: weight.clone() for name, weight in policy.state_dict().items()}
+        policy.load_state_dict(theta_i)
+        set_logprobs(sum(minibatches, []), "ref_logps", policy, cfg)
+        policy.load_state_dict(phi)
     steps: list[dict[str, float]] = []
     for minibatch in minibatches:
         totals = accumulate_gradient(policy, minibatch, cfg)
@@ -243,7 +241,7 @@ def update(run, policy, optimizer, groups, reference, lr) -> dict[str, float]:
         "rl/logp_gap_max_nat": first["gap_max"],
         "time/update_s": time.perf_counter() - start,
     }
-    return metrics | ({"rl/kl_nat": sums["kl"] / len(steps)} if reference is not None else {})
+    return metrics | ({"rl/kl_nat": sums["kl"] / len(steps)} if cfg.rl.kl_coef > 0 else {})
 
 
 def training_rows(group: list[Trajectory], cfg: Config) -> list[Row]:
@@ -252,7 +250,7 @@ def training_rows(group: list[Trajectory], cfg: Config) -> list[Row]:
     reward_G = [t.reward + overlong_penalty(len(t.ids), limit, buffer) for t in group]
     adv_1G = group_advantages(torch.tensor([reward_G]), normalize_std=cfg.rl.normalize_std)
     pairs = zip(group, adv_1G[0].tolist(), strict=True)
-    return [Row(t.prompt_ids, t.ids, t.logps, adv, old_logps=t.logps) for t, adv in pairs]
+    return [Row(t.prompt_ids, t.ids, t.logps, adv) for t, adv in pairs]
 
 
 @torch.no_grad()
@@ -262,19 +260,18 @@ def set_logprobs(rows_NG: list[list[Row]], name: str, model, cfg) -> None:
         logp_Q, _ = token_logprobs(model, batch, cfg.sampling.temperature)
         parts = logp_Q.split([len(row.ids) for row in batch.rows])
         for row, part in zip(batch.rows, parts, strict=True):
-            setattr(row, name, part.cpu().numpy())
+            setattr(row, name, part.tolist())
 
 
 def accumulate_gradient(policy, rows_NG: list[list[Row]], cfg: Config) -> dict[str, float]:
     """Add the gradient of one optimizer step's loss, in micro-batches. Returns the loss (nat), the
     number of its tokens, sums over them, and the largest gap to the sampler's log-probs."""
     rows = [row for group in rows_NG for row in group]
-    lengths_B = [len(row.ids) for row in rows]
-    totals_of_step = parallel.total({"B": len(rows), "num_tokens": sum(lengths_B)})
-    options = {"max_new_tokens": cfg.sampling.max_new_tokens} | totals_of_step
-    weights_B = token_weights(lengths_B, cfg.rl.aggregation, **options)
-    for row, weight in zip(rows, weights_B, strict=True):
-        row.weight = weight
+    lengths_B = sum(parallel.gather(lambda: [len(row.ids) for row in rows]), [])
+    weights_B = token_weights(lengths_B, cfg.rl.aggregation, cfg.sampling.max_new_tokens)
+    weight_of = dict(zip(lengths_B, weights_B, strict=True))
+    for row in rows:
+        row.weight = weight_of[len(row.ids)]
     names = ("loss", "kl", "entropy", "gap", "tokens", "clip_low", "clip_high")
     totals, gap_max = dict.fromkeys(names, 0.0), 0.0
     for batch in micro_batches(rows_NG, cfg.compute.micro_batch_tokens):
@@ -282,7 +279,7 @@ def accumulate_gradient(policy, rows_NG: list[list[Row]], cfg: Config) -> dict[s
         adv = batch.per_token([row.advantage for row in batch.rows])
         weight = batch.per_token([row.weight for row in batch.rows])
         sampler_logp = batch.concatenate([row.sampler_logps for row in batch.rows])
-        old_logp = batch.concatenate([row.old_logps for row in batch.rows])
+        old_logp = batch.concatenate([row.old_logps or row.sampler_logps for row in batch.rows])
         if cfg.rl.importance_cap > 0:
             ratio = (old_logp - sampler_logp).exp()
             weight = weight * ratio.clamp(max=cfg.rl.importance_cap)
@@ -294,7 +291,7 @@ def accumulate_gradient(policy, rows_NG: list[list[Row]], cfg: Config) -> dict[s
             loss = loss + cfg.rl.kl_coef * sums["kl"]
         loss.backward()
         counted = weight != 0
-        gap = (logp.detach() - sampler_logp).abs() * counted
+        gap = torch.where(counted, logp.detach() - sampler_logp, 0.0).abs()
         sums |= {"loss": loss, "entropy": (entropy * counted).sum(), "gap": gap.sum()}
         for name, value in sums.items():
             totals[name] += value.item()
@@ -342,22 +339,21 @@ def group_advantages(reward_NG: Tensor, *, normalize_std: bool = True) -> Tensor
     return adv_NG.masked_fill(flat_N1, 0.0)
 
 
-def token_weights(lengths_B, aggregation, max_new_tokens, B=None, num_tokens=None) -> list[float]:
+def token_weights(lengths_B: list[int], aggregation: str, max_new_tokens: int) -> list[float]:
     """Weight [B] in the loss of each token of a response, from the lengths of ALL responses of the
-    optimizer step: the gradient does not depend on how it is cut into micro-batches. Where several
-    processes have them, B and num_tokens are the numbers of them all and of their tokens.
+    optimizer step: the gradient does not depend on how it is cut into micro-batches.
 
     "token": 1 / number of tokens (DAPO, arXiv 2503.14476, eq. 8). "sequence": mean over a response,
     then over responses (GRPO). "constant": 1 / (B * max_new_tokens) (Dr.GRPO). Over all tokens of
     the step the weights sum to 1; those of "constant" to less, unless all responses are that long.
     """
-    B, num_tokens = B or len(lengths_B), num_tokens or sum(lengths_B)
+    B = len(lengths_B)
     if aggregation == "token":
-        return [1 / num_tokens] * len(lengths_B)
+        return [1 / sum(lengths_B)] * B
     if aggregation == "sequence":
         return [1 / (length * B) for length in lengths_B]
     if aggregation == "constant":
-        return [1 / (B * max_new_tokens)] * len(lengths_B)
+        return [1 / (B * max_new_tokens)] * B
     raise ValueError(f"aggregation {aggregation!r}: expected 'token', 'sequence' or 'constant'")
 
 
@@ -462,17 +458,17 @@ def filter_experts(run) -> list[Trajectory]:
         return [Trajectory(**record) for record in run.lines(f"experts/{name}")]
     files = run.shards(f"trajectories/{name}")
 
-    def outcomes() -> Iterator[tuple[Outcome, dict]]:
-        for line, t in (pair for file in files for pair in enumerate(run.lines(file))):
-            digest = hashlib.sha256(np.array(t["ids"], np.int32)).digest()
-            place = t["step"], t.pop("group", 0), line
-            yield Outcome(*place, t["problem"], t["reward"], digest), t
+    def outcomes() -> Iterator[tuple[Outcome, Trajectory]]:
+        for file in files:
+            for line, t in enumerate(Trajectory(**record) for record in run.lines(file)):
+                ids = (hash(tuple(t.ids)),)  # of integers: the same in every process
+                yield Outcome(t.step, t.round, file, line, t.problem, t.reward, ids), t
 
     shards = parallel.gather(lambda: [outcome for outcome, _ in outcomes()])
     phase = sorted(outcome for shard in shards for outcome in shard)
     chosen = select_experts(phase, **vars(run.cfg.select))
     wanted, correct = set(chosen), [o for o in phase if o.reward >= run.cfg.select.min_reward]
-    kept = parallel.gather(lambda: {o: Trajectory(**t) for o, t in outcomes() if o in wanted})
+    kept = parallel.gather(lambda: {o: t for o, t in outcomes() if o in wanted})
     experts = [*map(ChainMap(*kept).get, chosen)]
     record = {
         "phase": "filter",
@@ -564,7 +560,7 @@ def evaluate(run, policy, tokenizer, heldout, name: str) -> dict:
     earlier = {id_ for e in evaluations for id_, c in e["num_correct"].items() if c > 0}
     values["forgotten_share"] = [c == 0 and id_ in earlier for id_, c in counts.items()]
     values["union_share"] = [c > 0 or id_ in earlier for id_, c in counts.items()]
-    values["truncated_share"] = [parallel.mean([not t.finished for g in groups for t in g])]
+    values["truncated_share"] = [sampling_metrics(groups)["rl/truncated_share"]]
     record = {"phase": "eval", "policy": name}
     record |= {f"eval/{key}": float(np.mean(values_N)) for key, values_N in values.items()}
     for key in [key for key in values if "@" in key]:
@@ -600,7 +596,7 @@ def load_policy(cfg: Config) -> Transformer:
         policy = Transformer.from_pretrained(cfg.model.path, dtype=None)
     unknown_ids = Tokenizer(cfg.model.path).unknown_ids(policy.config.vocab_size)
     policy.unknown_ids = torch.tensor(unknown_ids, dtype=torch.long, device=parallel.device())
-    return parallel.prepare(policy, cfg.compute)
+    return parallel.prepare(lora.add(policy, cfg), cfg.compute)
 
 
 def run_method(cfg: Config) -> None:

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -132,8 +131,6 @@ class Run:
         except ImportError as error:
             raise UserError(f"logging: {error}; pip install {' '.join(self.cfg.logging)}") from None
 
-    # ---- what a run writes along the way
-
     @property
     def rl_steps(self) -> int:
         """Finished RL steps of the whole run."""
@@ -144,9 +141,7 @@ class Run:
     ) -> None:
         """The one place that a step writes: its trajectories, its record in metrics.jsonl, its
         console line, and the progress it made (fields of Progress)."""
-        records = [vars(t) | {"group": n} for n, group in enumerate(trajectories) for t in group]
-        if parallel.num_ranks() == 1:  # they are in their order
-            records = [vars(t) for group in trajectories for t in group]
+        records = [vars(trajectory) for group in trajectories for trajectory in group]
         total = self.progress.num_trajectories + parallel.total({"new": len(records)})["new"]
         warning = truncation_warning(record.get("rl/truncated_share", 0.0))
         if warning and not self.progress.cut_off:  # once a run; an evaluation says it each time
@@ -177,24 +172,23 @@ class Run:
 
     def append(self, name: str, records: list[dict], own: bool = False) -> None:
         """Append the first process's records to a .jsonl file of the run directory; own: those of
-        every process, each to a file of its own if there are several, NAME.rankR.jsonl."""
-        if own and parallel.num_ranks() > 1:
-            name = name.replace(".jsonl", f".rank{parallel.rank()}.jsonl")
+        every process, of all but the first to a file of its own, NAME.rankR.jsonl."""
+        if own and parallel.rank() > 0:
+            name = name.replace(".jsonl", f".rank{parallel.rank():05}.jsonl")
 
         def write() -> None:
             file = self.path / name
             with _disk(file):
                 file.parent.mkdir(exist_ok=True)
                 with file.open("a", encoding="utf-8") as stream:
-                    for record in records:
-                        stream.write(json.dumps(record, default=np.ndarray.tolist) + "\n")
+                    stream.writelines(json.dumps(record) + "\n" for record in records)
 
-        parallel.gather(write if own or parallel.rank() == 0 else bool)
+        (parallel.gather if own else parallel.on_main)(write)
 
     def shards(self, name: str) -> list[str]:
-        """This process's share of the files that NAME was written to, by any number of them."""
-        found = self.path.glob(name.replace(".jsonl", ".rank*.jsonl"))
-        files = parallel.on_main(lambda: [name, *(str(f.relative_to(self.path)) for f in found)])
+        """This process's share of the files that all processes have appended to as NAME."""
+        found = self.path.glob(name.replace(".jsonl", ".*jsonl"))
+        files = parallel.on_main(lambda: sorted(str(f.relative_to(self.path)) for f in found))
         return files[parallel.rank() :: parallel.num_ranks()]
 
     def lines(self, name: str) -> Iterator[dict]:
@@ -205,11 +199,13 @@ class Run:
                 yield from map(json.loads, stream)
 
     def export(self, policy: nn.Module, name: str) -> None:
-        """Write the policy with its tokenizer as the Hugging Face directory RUN/policies/NAME."""
-        state = parallel.full_state(policy)
+        """Write the policy with its tokenizer as the Hugging Face directory RUN/policies/NAME, and
+        its adapters, if it has any, as the PEFT directory RUN/adapters/NAME."""
+        state = parallel.full_state(policy.weights())
         path = self.path / "policies" / name
         with _disk(path):
             parallel.on_main(lambda: hf.save_model(policy, path, state))
+            policy.save_adapters(self.path / "adapters" / name)
 
     def finish_iteration(self, policy: nn.Module) -> None:
         """Export theta_{i+1}, and start the next iteration."""
@@ -229,8 +225,6 @@ class Run:
             return False
         done = self.lines("evaluations.jsonl")
         return not any(e["policy"] == "rl" and e["rl_steps"] == self.rl_steps for e in done)
-
-    # ---- checkpoints
 
     def checkpoint_if(self, due: bool, policy, optimizer, theta_i=None) -> None:
         """Write a checkpoint if one is due or a stop is requested. Raises Stopped for a stop."""

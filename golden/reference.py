@@ -7,7 +7,6 @@ What a case needs beside pure functions (a run directory, a tokenizer's files, t
 in for here; every formula is the product's.
 """
 
-import copy
 import json
 import math
 import sys
@@ -171,7 +170,7 @@ def rl_learning_rates(steps, lr, warmup_steps):
     run, rates = MemoryRun(run_config(rl={"lr": lr, "warmup_steps": warmup_steps})), []
     nothing = [], [], 0, {"time/rollout_s": 0.0}
 
-    def update(run, policy, optimizer, usable, reference, lr):
+    def update(run, policy, optimizer, usable, theta_i, lr):
         rates.append(lr)
         return {}
 
@@ -387,10 +386,7 @@ def policy_gradient(
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     compute = {"micro_batch_tokens": micro_batch_tokens}
     cfg = run_config(rl=rl, sampling=sampling, compute=compute)
-    rows_NG = [
-        [Row(g["prompt_ids"], **{"old_logps": s["sampler_logps"]} | s) for s in g["samples"]]
-        for g in groups
-    ]
+    rows_NG = [[Row(g["prompt_ids"], **sample) for sample in g["samples"]] for g in groups]
     with traced_logprobs() as logps:
         totals = rloop.accumulate_gradient(policy, rows_NG, cfg)
     counts = {name: int(totals.pop(name)) for name in ("tokens", "clip_low", "clip_high")}
@@ -432,8 +428,7 @@ def iteration(config, weights, prompts, samples, **values):
     problems = [SimpleNamespace(id=str(p)) for p in range(len(prompts))]
     trace = Trace(prompts, samples)
     stand_ins = {name: getattr(trace, name) for name in Trace.WRAPPED}
-    stand_ins |= {"respond": trace.respond, "load_policy": lambda _: copy.deepcopy(policy)}
-    stand_ins |= {"evaluate": lambda *_: {}, "step_line": lambda *_: ""}
+    stand_ins |= {"respond": trace.respond, "evaluate": lambda *_: {}, "step_line": lambda *_: ""}
     with traced_logprobs() as trace.logps, patch.multiple(rloop, **stand_ins):
         rloop.run_rloop(run, policy, None, problems, [])
     return {"steps": trace.steps, "experts": trace.experts, "rft": trace.rft}
@@ -468,10 +463,10 @@ class Trace:
             groups.append(rows)
         return groups, {"time/rollout_s": 0.0}
 
-    def update(self, run, policy, optimizer, groups, reference, lr):
+    def update(self, run, policy, optimizer, groups, theta_i, lr):
         usable = [self.place[id(group[0].ids)][1] for group in groups]
         self.steps.append({"lr": lr, "usable": usable, "advantages": [], "updates": []})
-        return self.original["update"](run, policy, optimizer, groups, reference, lr)
+        return self.original["update"](run, policy, optimizer, groups, theta_i, lr)
 
     def training_rows(self, group, cfg):
         rows = self.original["training_rows"](group, cfg)
@@ -488,8 +483,8 @@ class Trace:
         entry |= {name: int(totals[name]) for name in ("tokens", "clip_low", "clip_high")}
         return totals
 
-    def token_weights(self, lengths, aggregation, **options):
-        weights = self.original["token_weights"](lengths, aggregation, **options)
+    def token_weights(self, lengths, aggregation, max_new_tokens):
+        weights = self.original["token_weights"](lengths, aggregation, max_new_tokens)
         self.steps[-1]["updates"][-1]["token_weights"] = weights
         return weights
 
@@ -604,8 +599,6 @@ class MemoryRun:
 
     def lines(self, name: str) -> list[dict]:
         return self.files.get(name, [])
-
-    read = lines
 
     def shards(self, name: str) -> list[str]:
         return [name]

@@ -1,38 +1,31 @@
 """A port of RLoop in jax: batched and compiled, gradients by jax.grad, float32.
 
     python -m golden.check python ports/jax_port.py
-    python ports/jax_port.py train SETTINGS.json           one RLoop iteration with its own samples
+    python ports/jax_port.py train TASK.json                its own samples: see train below
 
-Written from golden/README.md and docs/porting.md; nothing is imported from RLoop. From numpy_port
-come the parts that are calls of other libraries in any Python port: the random streams (numpy) and
-the text (tokenizers, jinja2). JAX_ENABLE_X64=1 in front computes in float64.
+Written from golden/README.md and docs/porting.md, without RLoop. What computes no array is shared
+with numpy_port: random streams, text, the Countdown judge, schedules and the counts of evaluation.
+JAX_ENABLE_X64=1 before a command computes in float64.
 
-Shapes: B responses, T tokens of a prompt with its response, V vocabulary, H query heads, K key
-heads, E head width. Rows are padded behind their end; column t belongs to token t.
+Shapes: B responses, T tokens of a prompt with its response, padded behind its end (column t belongs
+to token t), V vocabulary, R rows, H query heads, K key heads, E head width.
 """
 
-import ast
 import functools
-import itertools
 import json
 import math
-import operator
-import re
 import sys
-from collections import Counter
-from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy_port import decode, encode, encode_prompt, render_chat, special_ids
-from numpy_port import next_problems, permutation, seed_of, uniforms
+import numpy_port as shared
 from safetensors.numpy import load_file, save_file
 
 UNKNOWN = -3.4028235e38  # the logit of ids that have no token
-MAX_TEXT = 1000  # letters of a Countdown answer
 
 
 # Stage losses: of arrays of any one shape; entries of weight 0 are padding
@@ -64,30 +57,15 @@ def sft_loss(logp, weights):
 
 
 def with_gradient(loss, has_aux=False):
-    """The golden function of a loss: its value and its gradient by its first argument."""
+    """What the vectors ask of a loss: its value and its gradient by logp."""
 
-    def function(**inputs):
-        arguments = [arrays(value) for value in inputs.values()]
-        value, gradient = jax.value_and_grad(loss, has_aux=has_aux)(*arguments)
+    def run(logp, **rest):
+        function = functools.partial(loss, **arrays(rest))
+        value, gradient = jax.value_and_grad(function, has_aux=has_aux)(arrays(logp))
         value, counts = value if has_aux else (value, {})
         return {"loss": value, "gradient": gradient, **counts}
 
-    return function
-
-
-def token_weights(lengths, aggregation, max_new_tokens):
-    """The weight of each token of a response, from the lengths of ALL responses of the step."""
-    count = len(lengths)
-    return {
-        "token": lambda: [1 / sum(lengths)] * count,
-        "sequence": lambda: [1 / (length * count) for length in lengths],
-        "constant": lambda: [1 / (count * max_new_tokens)] * count,
-    }[aggregation]()
-
-
-def overlong_penalty(length, max_new_tokens, buffer):
-    """DAPO's soft penalty: 0 until the buffer begins, -1 at max_new_tokens."""
-    return -max(0.0, (length - (max_new_tokens - buffer)) / buffer) if buffer else 0.0
+    return run
 
 
 # Stage advantages
@@ -104,47 +82,13 @@ def group_advantages(rewards, normalize_std):
 
 def step_advantages(groups, normalize_std, max_new_tokens, overlong_buffer):
     """The advantages of a step's groups; the over-long penalty belongs to the reward."""
-    penalty = functools.partial(
-        overlong_penalty, max_new_tokens=max_new_tokens, buffer=overlong_buffer
-    )
-    rewards = [[s["reward"] + penalty(s["length"]) for s in group["samples"]] for group in groups]
+
+    def reward(sample):
+        limits = max_new_tokens, overlong_buffer
+        return sample["reward"] + shared.overlong_penalty(sample["length"], *limits)
+
+    rewards = [[reward(sample) for sample in group["samples"]] for group in groups]
     return group_advantages(rewards, normalize_std)
-
-
-def sample_step(sample_round, problems_per_step, max_rounds):
-    """The groups of a step, and the places of the usable ones; flat ones are replaced.
-    sample_round: number of the round and of groups to the groups, each a list of rewards first."""
-    groups, usable = [], []
-    for number in range(max_rounds):
-        for rewards, group in sample_round(number, problems_per_step - len(usable)):
-            if len(set(rewards)) > 1:
-                usable.append(len(groups))
-            groups.append(group)
-        if len(usable) == problems_per_step:
-            break
-    return groups, usable
-
-
-def dynamic_sampling(
-    num_problems, seed, iteration, step, drawn, problems_per_step, max_rounds, rewards, **unused
-):
-    """Which groups a step samples and keeps. Lengths and their penalty play no part."""
-    rounds, rest = [], iter(rewards)
-
-    def sample_round(number, count):
-        position = drawn + sum(len(earlier["problems"]) for earlier in rounds)
-        problems = next_problems(num_problems, position, count, seed)
-        rounds.append({"seed": seed_of([seed, iteration, step, number]), "problems": problems})
-        return [(row, None) for row in itertools.islice(rest, count)]
-
-    groups, usable = sample_step(sample_round, problems_per_step, max_rounds)
-    sampled = len(groups)
-    return {"rounds": rounds, "usable": usable, "num_sampled": sampled, "drawn": drawn + sampled}
-
-
-def rl_learning_rates(steps, lr, warmup_steps):
-    """Linear warm-up, then constant."""
-    return [lr * min(1.0, step / (warmup_steps + 1)) for step in range(1, steps + 1)]
 
 
 # Stage filter
@@ -166,17 +110,6 @@ def select_experts(trajectories, max_success_rate, max_per_problem, min_reward):
     return experts
 
 
-def rft_schedule(num_examples, seed, iteration, epochs, batch_size, lr, warmup_steps):
-    """Rate and examples of each optimizer step of fine-tuning."""
-    batches = []
-    for epoch in range(epochs):
-        order = permutation((seed, iteration, epoch), num_examples)
-        batches += [order[i : i + batch_size] for i in range(0, num_examples, batch_size)]
-    count = len(batches)
-    rates = [lr * min((s + 1) / (warmup_steps + 1), (count - s) / count) for s in range(count)]
-    return [{"lr": rate, "examples": b} for rate, b in zip(rates, batches, strict=True)]
-
-
 # Stage evaluation
 
 
@@ -189,23 +122,6 @@ def bootstrap_interval(values, resamples):
     """The middle 95% of the means of the resamples."""
     means = arrays(values)[jnp.asarray(resamples)].mean(axis=1)
     return jnp.quantile(means, arrays([0.025, 0.975]))
-
-
-def evaluation(rewards, finished, earlier, min_reward):
-    """The metrics of an evaluation, some of them in view of the earlier ones."""
-    right = {problem: sum(r >= min_reward for r in row) for problem, row in rewards.items()}
-    before = {problem for counts in earlier for problem, count in counts.items() if count > 0}
-    now = {problem for problem, count in right.items() if count > 0}
-    n, num = len(next(iter(rewards.values()))), len(right)
-    ks = [2**i for i in range(n.bit_length())] + [n]
-    ended = [end for row in finished.values() for end in row]
-    return {
-        f"avg@{n}": sum(right.values()) / (n * num),
-        **{f"pass@{k}": sum(pass_at_k(n, c, k) for c in right.values()) / num for k in ks},
-        "forgotten_share": len((before - now) & right.keys()) / num,
-        "union_share": len((before | now) & right.keys()) / num,
-        "truncated_share": ended.count(False) / len(ended),
-    }
 
 
 # Stage sampling
@@ -242,44 +158,37 @@ def draw(logprobs, uniforms):
 # Stage optimizer
 
 
-class AdamW:
-    """AdamW with clipping by the norm of all parameters."""
-
-    def __init__(self, weights, weight_decay, grad_clip):
-        self.first = self.second = jax.tree.map(jnp.zeros_like, weights)
-        self.weight_decay, self.grad_clip, self.count = weight_decay, grad_clip, 0
-
-    def step(self, weights, gradients, lr):
-        """Weights after one update, and the norm of the gradients before clipping."""
-        self.count += 1
-        corrections = 1 - 0.9**self.count, 1 - 0.999**self.count  # too coarse in float32
-        settings = lr, self.weight_decay, self.grad_clip, *corrections
-        weights, self.first, self.second, norm = adamw_update(
-            weights, self.first, self.second, gradients, *settings
-        )
-        return weights, norm
+def fresh_moments(weights):
+    """First and second moments, and the number of steps."""
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    return zeros, zeros, 0
 
 
 @jax.jit
-def adamw_update(weights, first, second, gradients, lr, weight_decay, grad_clip, c1, c2):
-    """Weights and moments after one update, and the norm of the gradients."""
+def adamw_step(weights, moments, gradients, lr, weight_decay, grad_clip):
+    """Weights and moments after one step, and the norm of the gradients before clipping."""
+    first, second, count = moments
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))
-    scale = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
-    first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * (g * scale), first, gradients)
-    second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * (g * scale) ** 2, second, gradients)
+    clipped = jax.tree.map(lambda g: g * jnp.minimum(1.0, grad_clip / (norm + 1e-6)), gradients)
+    first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, clipped)
+    second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, clipped)
+    # 1 - 0.9^t and 1 - 0.999^t, without the cancellation in float32
+    rest = [-jnp.expm1((count + 1) * math.log(beta)) for beta in (0.9, 0.999)]
 
-    def moved(w, m, v):
-        return w - lr * weight_decay * w - lr * (m / c1) / (jnp.sqrt(v / c2) + 1e-8)
+    def move(w, m, v):
+        return w - lr * weight_decay * w - lr * (m / rest[0]) / (jnp.sqrt(v / rest[1]) + 1e-8)
 
-    return jax.tree.map(moved, weights, first, second), first, second, norm
+    return jax.tree.map(move, weights, first, second), (first, second, count + 1), norm
 
 
 def adamw(parameters, gradients, lrs, weight_decay, grad_clip):
     """Optimizer steps with given gradients and rates."""
     parameters, steps = arrays(parameters), []
-    optimizer = AdamW(parameters, weight_decay, grad_clip)
-    for gradient, lr in zip(gradients, lrs, strict=True):
-        parameters, norm = optimizer.step(parameters, arrays(gradient), lr)
+    moments = fresh_moments(parameters)
+    for gradient, lr in zip(arrays(gradients), lrs, strict=True):
+        parameters, moments, norm = adamw_step(
+            parameters, moments, gradient, lr, weight_decay, grad_clip
+        )
         steps.append({"grad_norm": norm, "parameters": parameters})
     return steps
 
@@ -345,6 +254,7 @@ def fixed_of(config, unknown_ids=()):
     )
 
 
+@jax.jit
 def forward(weights, fixed, ids):
     """Logits [B, T, V] of ids [B, T]."""
     angles = jnp.outer(jnp.arange(ids.shape[1]), jnp.tile(fixed.frequencies, 2))
@@ -377,6 +287,7 @@ def forward(weights, fixed, ids):
     return norm(x, "model.norm") @ head.T
 
 
+@jax.jit
 def token_logprobs(weights, fixed, ids, temperature):
     """Log-probs and entropies [B, T] of each token given those before it; 0 for the first."""
     logits = forward(weights, fixed, ids)[:, :-1] / temperature
@@ -389,13 +300,11 @@ def token_logprobs(weights, fixed, ids, temperature):
 def rl_loss(weights, fixed, batch, temperature, clip_low, clip_high, kl_coef):
     """The loss of an optimizer step of RL, and its metrics."""
     logp, entropy = token_logprobs(weights, fixed, batch["ids"], temperature)
-    used = batch["weight"]
-    policy, counts = grpo_loss(
-        logp, batch["old_logp"], batch["advantage"], used, clip_low, clip_high
-    )
-    kl = kl_loss(logp, batch["ref_logp"], used) if "ref_logp" in batch else 0.0
-    gap = jnp.where(used != 0, jnp.abs(logp - batch["sampler_logp"]), 0.0)
-    sums = {"entropy": jnp.sum(entropy * (used != 0)), "gap": gap.sum(), "gap_max": gap.max()}
+    weight, old_logp = batch["weight"], batch["old_logp"]
+    policy, counts = grpo_loss(logp, old_logp, batch["advantage"], weight, clip_low, clip_high)
+    kl = kl_loss(logp, batch["ref_logp"], weight) if "ref_logp" in batch else 0.0
+    gap = jnp.where(weight != 0, jnp.abs(logp - batch["sampler_logp"]), 0.0)
+    sums = {"entropy": jnp.sum(entropy * (weight != 0)), "gap": gap.sum(), "gap_max": gap.max()}
     return policy + kl_coef * kl, {"logp": logp, "kl": kl, **sums, **counts}
 
 
@@ -407,38 +316,30 @@ def rft_loss(weights, fixed, batch):
 
 rl_value_and_grad = jax.jit(jax.value_and_grad(rl_loss, has_aux=True))
 rft_value_and_grad = jax.jit(jax.value_and_grad(rft_loss, has_aux=True))
-jitted_forward = jax.jit(forward)
-jitted_logprobs = jax.jit(token_logprobs)
 
 
 def batch_of(rows, **columns):
     """Arrays [B, T] of rows with prompt_ids and ids: the ids, and columns, which have a value or
     one a token for each row, and 0 elsewhere. Sizes are rounded up, so that few are compiled."""
     longest = max(len(row["prompt_ids"]) + len(row["ids"]) for row in rows)
-    shape = -len(rows) // 8 * -8, -longest // 16 * -16
+    shape = -(-len(rows) // 8) * 8, -(-longest // 16) * 16
     batch = {name: np.zeros(shape) for name in columns} | {"ids": np.zeros(shape, int)}
-    for b, (row, place) in enumerate(zip(rows, response_places(rows), strict=True)):
+    for b, (row, place) in enumerate(zip(rows, places(rows), strict=True)):
         batch["ids"][b, : place[1].stop] = row["prompt_ids"] + row["ids"]
         for name, values in columns.items():
             batch[name][place] = values[b]
     return {name: jnp.asarray(column) for name, column in batch.items()}
 
 
-def response_places(rows):
+def places(rows):
     """Where the response of each row stands in an array [B, T]."""
-    starts = [len(row["prompt_ids"]) for row in rows]
-    return [(b, slice(s, s + len(row["ids"]))) for b, (s, row) in enumerate(zip(starts, rows))]
-
-
-def at_responses(column, rows):
-    """The values of an array [B, T] for each row, one a response token."""
-    column = np.asarray(column)
-    return [column[place] for place in response_places(rows)]
+    ends = [len(row["prompt_ids"]) + len(row["ids"]) for row in rows]
+    return [(b, slice(end - len(rows[b]["ids"]), end)) for b, end in enumerate(ends)]
 
 
 def model_forward(config, weights, ids):
     """Logits of each row."""
-    return jitted_forward(arrays(weights), fixed_of(config), jnp.array(ids))
+    return forward(arrays(weights), fixed_of(config), jnp.array(ids))
 
 
 def sft_gradients(weights, fixed, examples):
@@ -446,7 +347,9 @@ def sft_gradients(weights, fixed, examples):
     share = 1 / sum(len(example["ids"]) for example in examples)
     batch = batch_of(examples, weight=[share] * len(examples))
     (loss, logp), gradients = rft_value_and_grad(weights, fixed, batch)
-    return {"logps": at_responses(logp, examples), "loss": loss, "gradients": gradients}
+    logp = np.asarray(logp)
+    logps = [logp[place] for place in places(examples)]
+    return {"logps": logps, "loss": loss, "gradients": gradients}
 
 
 def model_gradients(config, weights, examples):
@@ -454,41 +357,41 @@ def model_gradients(config, weights, examples):
     return sft_gradients(arrays(weights), fixed_of(config), examples)
 
 
-def model_training(config, weights, examples, steps, lr, weight_decay, grad_clip):
+def model_training(config, weights, examples, steps, lr, **optimizer):
     """Optimizer steps on all examples."""
     weights, result = arrays(weights), {"losses": [], "grad_norms": []}
-    optimizer = AdamW(weights, weight_decay, grad_clip)
+    moments = fresh_moments(weights)
     for step in range(1, steps + 1):
         output = sft_gradients(weights, fixed_of(config), examples)
-        weights, norm = optimizer.step(weights, output["gradients"], lr)
+        weights, moments, norm = adamw_step(weights, moments, output["gradients"], lr, **optimizer)
         result["losses"].append(output["loss"])
         result["grad_norms"].append(norm)
-        result[f"after_{step}"] = weights
+        if step in (1, 10):
+            result[f"after_{step}"] = weights
     return result
 
 
 def rl_gradients(weights, fixed, groups, rl, temperature, max_new_tokens):
     """The gradient of one optimizer step of RL, and its metrics. rl: the settings of the loss."""
-    rows = [{**s, "prompt_ids": g["prompt_ids"]} for g in groups for s in g["samples"]]
-    by_row = token_weights([len(row["ids"]) for row in rows], rl["aggregation"], max_new_tokens)
-    columns = {
-        "weight": by_row,
-        "advantage": [row["advantage"] for row in rows],
-        "sampler_logp": [row["sampler_logps"] for row in rows],
-        "old_logp": [row.get("old_logps", row["sampler_logps"]) for row in rows],
-    }
+    rows = [s | {"prompt_ids": group["prompt_ids"]} for group in groups for s in group["samples"]]
+    lengths = [len(row["ids"]) for row in rows]
+    by_row = shared.token_weights(lengths, rl["aggregation"], max_new_tokens)
+    sampler_logps = [np.array(row["sampler_logps"]) for row in rows]
+    old_logps = [np.array(row.get("old_logps", row["sampler_logps"])) for row in rows]
+    columns = {"weight": by_row, "advantage": [row["advantage"] for row in rows]}
+    columns |= {"sampler_logp": sampler_logps, "old_logp": old_logps}
     if rl["importance_cap"] > 0:
-        pairs = zip(columns["old_logp"], columns["sampler_logp"], strict=True)
-        ratios = [np.exp(np.subtract(old, sampler)) for old, sampler in pairs]
+        ratios = map(np.exp, map(np.subtract, old_logps, sampler_logps))
         capped = [np.minimum(ratio, rl["importance_cap"]) for ratio in ratios]
-        columns["weight"] = [w * ratio for w, ratio in zip(by_row, capped, strict=True)]
+        columns["weight"] = list(map(np.multiply, by_row, capped))
     if rl["kl_coef"] > 0:
         columns["ref_logp"] = [row["ref_logps"] for row in rows]
-    settings = [rl[key] for key in ("clip_low", "clip_high", "kl_coef")]
+    settings = temperature, rl["clip_low"], rl["clip_high"], rl["kl_coef"]
     batch = batch_of(rows, **columns)
-    (loss, sums), gradients = rl_value_and_grad(weights, fixed, batch, temperature, *settings)
-    logps = iter(at_responses(sums.pop("logp"), rows))
-    logps = [list(itertools.islice(logps, len(group["samples"]))) for group in groups]
+    (loss, sums), gradients = rl_value_and_grad(weights, fixed, batch, *settings)
+    logp = np.asarray(sums.pop("logp"))
+    logps = iter([logp[place] for place in places(rows)])
+    logps = [list(islice(logps, len(group["samples"]))) for group in groups]
     return {"token_weights": by_row, "logps": logps, "loss": loss, **sums, "gradients": gradients}
 
 
@@ -518,19 +421,20 @@ def sample_rows(weights, fixed, ids, lengths, uniforms, temperature, top_p, top_
 
 
 def sample_responses(weights, fixed, prompts, uniforms, stop_ids, temperature, top_p=1.0, top_k=0):
-    """A response to each prompt, drawn with a row of uniforms [B, M]."""
-    uniforms = np.asarray(uniforms, dtype=float)
-    room = [0] * uniforms.shape[1]
+    """A response to each prompt, drawn with its row of uniforms [B, M]."""
+    room = [0] * len(uniforms[0])
     ids = batch_of([{"prompt_ids": prompt, "ids": room} for prompt in prompts])["ids"]
     padding = len(ids) - len(prompts)
     lengths = jnp.array([len(prompt) for prompt in prompts] + [1] * padding)
     uniforms = arrays(np.pad(uniforms, ((0, padding), (0, 0))))
     results = sample_rows(weights, fixed, ids, lengths, uniforms, temperature, top_p, top_k)
+    tokens, logps = (np.asarray(result)[: len(prompts)].tolist() for result in results)
     responses = []
-    for tokens, logps, _ in zip(*(np.asarray(r).tolist() for r in results), prompts, strict=False):
-        end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
-        finished = tokens[end - 1] in stop_ids
-        responses.append({"ids": tokens[:end], "logps": logps[:end], "finished": finished})
+    for row, row_logps in zip(tokens, logps, strict=True):
+        ends = [place + 1 for place, token in enumerate(row) if token in stop_ids]
+        end = min(ends, default=len(row))
+        response = {"ids": row[:end], "logps": row_logps[:end], "finished": bool(ends)}
+        responses.append(response)
     return responses
 
 
@@ -539,155 +443,159 @@ def sample(
 ):
     """Responses to each prompt. The uniforms are given, so the seed of the rest is not used."""
     rows = [stream[:max_new_tokens] for streams in uniforms for stream in streams[:num_samples]]
-    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
-    options = {key: rest[key] for key in ("temperature", "top_p", "top_k")}
+    prompts = [prompt for prompt in prompts for _ in range(num_samples)]
+    options = [rest[key] for key in ("temperature", "top_p", "top_k")]
     fixed = fixed_of(config, unknown_ids)
-    responses = iter(sample_responses(arrays(weights), fixed, repeated, rows, stop_ids, **options))
-    return [list(itertools.islice(responses, num_samples)) for _ in prompts]
-
-
-# Stage verdicts: a side of a step is read by Python's own parser, and never executed
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-OPERATORS[ast.Div] = operator.truediv
-SIGNS = {"×": "*", r"\times": "*", "÷": "/", r"\div": "/"}
-
-
-def verify_countdown(response, numbers, target):
-    """Is the response a derivation of the target that uses each number exactly once?"""
-    board = Counter(map(Fraction, numbers))
-    try:
-        for step in re.split(r"[,;\n]", final_answer(response)):
-            if step.strip():
-                take_step(board, step)
-    except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
-        return {"correct": False}
-    return {"correct": list(board.elements()) == [target]}
-
-
-def final_answer(response):
-    """The part of a response that is judged, with plain signs."""
-    text = response.split("</think>")[-1]
-    if "<think>" in text:
-        raise ValueError("a thought without an end")
-    if "<answer>" in text:
-        text = text.split("<answer>")[-1].split("</answer>")[0]
-    if r"\boxed{" in text:
-        text = text.split(r"\boxed{")[-1]
-        text = text[: text.index("}")]
-    for sign, plain_sign in SIGNS.items():
-        text = text.replace(sign, plain_sign)
-    if len(text) > MAX_TEXT:
-        raise ValueError("too long")
-    return text
-
-
-def take_step(board, step):
-    """Take the numbers of a step off the board and put its value on it."""
-    sides = [side_of(text) for text in step.split("=")]
-    value, numbers, is_number = sides[0]
-    if len(sides) > 1 and is_number and not board[value]:
-        _, numbers, _ = sides[1]  # "number = expression"
-    board.subtract(numbers)
-    if any(side[0] != value for side in sides) or min(board.values()) < 0:
-        raise ValueError("no step")
-    board[value] += 1
-
-
-def side_of(text):
-    """Value of a side, the numbers that it uses, and whether it is a number alone."""
-    if not re.fullmatch(r"[0-9+\-*/() \t]+", text):
-        raise ValueError("no expression")
-    numbers = []
-
-    def value_of(node):
-        match node:
-            case ast.Constant(value=value):
-                numbers.append(Fraction(value))
-                return numbers[-1]
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=value)):
-                numbers.append(-Fraction(value))
-                return numbers[-1]
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-                return OPERATORS[type(op)](value_of(left), value_of(right))
-        raise ValueError("no expression")
-
-    tree = ast.parse(text.strip(), mode="eval").body
-    return value_of(tree), numbers, not isinstance(tree, ast.BinOp)
+    responses = sample_responses(arrays(weights), fixed, prompts, rows, stop_ids, *options)
+    return [responses[i : i + num_samples] for i in range(0, len(prompts), num_samples)]
 
 
 # Stage iteration
 
 
-def run_iteration(weights, fixed, sample_round, settings, iteration=0):
-    """One RLoop iteration: explore, filter, exploit. sample_round: weights, step, round and count
-    to pairs of rewards and group. Yields each RL step, the experts, and each step of RFT."""
-    rl, sampling = settings["rl"], settings["sampling"]
-    policy, adam = weights, AdamW(weights, **settings["optimizer"])
-    limits, trajectories = (rl["problems_per_step"], rl["max_sampling_rounds"]), []
-    rates = rl_learning_rates(rl["steps"], rl["lr"], rl["warmup_steps"])
+def run_iteration(weights, fixed, sample_round, seed, sampling, rl, select, rft, optimizer):
+    """One RLoop iteration: explore, filter, exploit. sample_round: policy, step, round and count
+    to groups with prompt_ids. Yields a name and a value: each step, and the experts."""
+    policy, moments, trajectories = weights, fresh_moments(weights), []
+    rates = shared.rl_learning_rates(rl["steps"], rl["lr"], rl["warmup_steps"])
     for number, lr in enumerate(rates):
-        take = functools.partial(sample_round, policy, number)
-        groups, usable = sample_step(take, *limits)
-        for place, group in enumerate(groups):
-            for n, s in enumerate(group["samples"]):
-                s |= {"place": [number, place, n], "problem": group["problem"]}
-                s |= {"prompt_ids": group["prompt_ids"]}
-                s |= {"sampler_logps": s["logps"], "length": len(s["ids"])}
-                trajectories.append(s)
+        groups, usable = sample_step(functools.partial(sample_round, policy, number), rl)
+        trajectories += annotate(groups, number)
         step = {"lr": lr, "usable": usable, "advantages": [], "updates": []}
+        kept = [groups[place] for place in usable]
         if usable:
-            kept = [groups[place] for place in usable]
             step["advantages"] = prepare(policy, weights, fixed, kept, sampling, rl)
-        for run in np.array_split(usable, min(rl["minibatches"], len(usable))) if usable else []:
+        for run in np.array_split(usable, min(rl["minibatches"], len(usable)) or 1):
             batch = [groups[place] for place in run]
-            limits_ = sampling["temperature"], sampling["max_new_tokens"]
-            update = rl_gradients(policy, fixed, batch, rl, *limits_)
-            policy, norm = adam.step(policy, update["gradients"], lr)
-            step["updates"].append({"groups": run, **update, "grad_norm": norm, "weights": policy})
-        yield "steps", step
-    experts = [trajectories[place] for place in select_experts(trajectories, **settings["select"])]
+            if batch:
+                limits = sampling["temperature"], sampling["max_new_tokens"]
+                update = rl_gradients(policy, fixed, batch, rl, *limits)
+                policy, moments, norm = adamw_step(
+                    policy, moments, update["gradients"], lr, **optimizer
+                )
+                update |= {"groups": run, "grad_norm": norm, "weights": policy}
+                step["updates"].append(update)
+        yield "steps", step | {"groups": groups}
+    experts = [trajectories[place] for place in select_experts(trajectories, **select)]
     yield "experts", [expert["place"] for expert in experts]
-    adam = AdamW(weights, **settings["optimizer"])
-    for step in rft_schedule(len(experts), settings["seed"], iteration, **settings["rft"]):
+    moments = fresh_moments(weights)
+    for step in shared.rft_schedule(len(experts), seed, 0, **rft):
         batch = [experts[i] for i in step["examples"]]
         update = sft_gradients(weights, fixed, batch)
-        weights, norm = adam.step(weights, update["gradients"], step["lr"])
-        places = [expert["place"] for expert in batch]
-        own = {"lr": step["lr"], "examples": places, "grad_norm": norm, "weights": weights}
-        yield "rft", update | own
+        weights, moments, norm = adamw_step(
+            weights, moments, update["gradients"], step["lr"], **optimizer
+        )
+        update |= {"lr": step["lr"], "examples": [expert["place"] for expert in batch]}
+        yield "rft", update | {"grad_norm": norm, "weights": weights}
+
+
+def sample_step(sample_round, rl):
+    """The groups of a step, and the places of the usable ones; flat ones are replaced."""
+    groups, usable = [], []
+    for number in range(rl["max_sampling_rounds"]):
+        groups += sample_round(number, rl["problems_per_step"] - len(usable))
+        rewards = [{sample["reward"] for sample in group["samples"]} for group in groups]
+        usable = [place for place, values in enumerate(rewards) if len(values) > 1]
+        if len(usable) == rl["problems_per_step"]:
+            break
+    return groups, usable
+
+
+def annotate(groups, step):
+    """All samples of the groups, with what the functions of the other stages read."""
+    for place, group in enumerate(groups):
+        for number, sample in enumerate(group["samples"]):
+            sample |= {"place": [step, place, number], "problem": group["problem"]}
+            sample |= {"prompt_ids": group["prompt_ids"], "length": len(sample["ids"])}
+            sample["sampler_logps"] = sample["logps"]
+    return [sample for group in groups for sample in group["samples"]]
 
 
 def prepare(policy, start, fixed, groups, sampling, rl):
     """Sets what the samples of a step need, before its first update. Returns the advantages."""
-    limit, temperature = sampling["max_new_tokens"], sampling["temperature"]
-    advantages = step_advantages(groups, rl["normalize_std"], limit, rl["overlong_buffer"])
+    limits = sampling["max_new_tokens"], rl["overlong_buffer"]
+    advantages = step_advantages(groups, rl["normalize_std"], *limits)
     rows = [sample for group in groups for sample in group["samples"]]
+    for row, advantage in zip(rows, np.ravel(advantages), strict=True):
+        row["advantage"] = advantage
     models = {"old_logps": policy} if rl["recompute_logprobs"] else {}
     models |= {"ref_logps": start} if rl["kl_coef"] > 0 else {}
-    for name, model in models.items():
-        logp, _ = jitted_logprobs(model, fixed, batch_of(rows)["ids"], temperature)
-        for row, logps in zip(rows, at_responses(logp, rows), strict=True):
-            row[name] = logps
-    for row, advantage in zip(rows, np.ravel(advantages).tolist(), strict=True):
-        row["advantage"] = advantage
+    for name, weights in models.items():
+        arguments = weights, fixed, batch_of(rows)["ids"], sampling["temperature"]
+        logp = np.asarray(token_logprobs(*arguments)[0])
+        for row, place in zip(rows, places(rows), strict=True):
+            row[name] = logp[place]
     return advantages
 
 
 def iteration(config, weights, prompts, samples, **settings):
     """One iteration from given samples."""
-    rest = [iter(groups) for groups in samples]
+    given = [iter(groups) for groups in samples]
 
     def sample_round(policy, step, number, count):
-        groups = [
-            {**g, "prompt_ids": prompts[g["problem"]]} for g in itertools.islice(rest[step], count)
-        ]
-        return [([s["reward"] for s in group["samples"]], group) for group in groups]
+        groups = list(islice(given[step], count))
+        return [group | {"prompt_ids": prompts[group["problem"]]} for group in groups]
 
-    result = {"steps": [], "experts": [], "rft": []}
-    for kind, value in run_iteration(arrays(weights), fixed_of(config), sample_round, settings):
-        result[kind] = value if kind == "experts" else result[kind] + [value]
+    result = {"steps": [], "rft": []}
+    for name, value in run_iteration(arrays(weights), fixed_of(config), sample_round, **settings):
+        result |= {name: value if name == "experts" else result[name] + [value]}
     return result
+
+
+def train(task):
+    """One RLoop iteration on a task, an object with
+
+    model: a Hugging Face directory; problems: objects with prompt, numbers and target; settings: as
+    in `iteration`, and sampling.num_samples; out: a directory for phi.safetensors and
+    theta.safetensors. Prints a line of JSON for each step.
+    """
+    folder, problems, settings = Path(task["model"]), task["problems"], task["settings"]
+    files = {file.name: json.loads(file.read_text("utf-8")) for file in folder.glob("*.json")}
+    config = {"rope_scaling": None} | files["config.json"]
+    ends = shared.special_ids(files, False, config["vocab_size"])
+    fixed = fixed_of(config, ends["unknown_ids"])
+    seed, sampling, drawn = settings["seed"], settings["sampling"], 0
+    num_samples = sampling["num_samples"]
+
+    def sample_round(policy, step, number, count):
+        nonlocal drawn
+        chosen = shared.next_problems(len(problems), drawn, count, seed)
+        drawn += count
+        round_seed = shared.seed_of([seed, 0, step + 1, number])  # RL steps count from 1
+        rows = [(n, g) for n in range(count) for g in range(num_samples)]
+        streams = [shared.uniforms(round_seed, *row, sampling["max_new_tokens"]) for row in rows]
+        texts = [problems[problem]["prompt"] for problem in chosen]
+        prompts = [shared.encode_prompt(files, text, "{problem}", False, []) for text in texts]
+        arguments = policy, fixed, [prompts[n] for n, _ in rows], streams, ends["stop_ids"]
+        responses = sample_responses(*arguments, sampling["temperature"])
+        for (n, _), response in zip(rows, responses, strict=True):
+            game = [problems[chosen[n]][key] for key in ("numbers", "target")]
+            text = shared.decode(files, response["ids"])
+            response["reward"] = float(shared.verify_countdown(text, *game)["correct"])
+        groups = [responses[i : i + num_samples] for i in range(0, len(rows), num_samples)]
+        named = zip(chosen, prompts, groups, strict=True)
+        return [{"problem": c, "prompt_ids": ids, "samples": group} for c, ids, group in named]
+
+    weights = {name: jnp.asarray(w) for name, w in load_file(folder / "model.safetensors").items()}
+    ends_of = {"steps": weights, "rft": weights}
+    for name, value in run_iteration(weights, fixed, sample_round, **settings):
+        if name == "steps":
+            ends_of[name] = value["updates"][-1]["weights"] if value["updates"] else ends_of[name]
+            samples = [sample for group in value["groups"] for sample in group["samples"]]
+            keys = ("problem", "ids", "logps", "reward")
+            samples = [{key: sample[key] for key in keys} for sample in samples]
+            keys = ("loss", "grad_norm")
+            updates = [{key: update[key] for key in keys} for update in value["updates"]]
+            line = {"samples": samples, "updates": updates}
+        elif name == "experts":
+            line = {"experts": value}
+        else:
+            ends_of[name] = value["weights"]
+            line = {"loss": value["loss"], "grad_norm": value["grad_norm"]}
+        print(json.dumps(shared.plain({"name": name} | line)), flush=True)
+    for name, file in (("steps", "phi"), ("rft", "theta")):
+        tensors = {key: np.asarray(w) for key, w in ends_of[name].items()}
+        save_file(tensors, Path(task["out"]) / f"{file}.safetensors")
 
 
 # The protocol
@@ -697,18 +605,9 @@ def arrays(values):
     """Nested lists, or objects of them, as arrays; texts of infinities are read."""
     if isinstance(values, dict):
         return {name: arrays(value) for name, value in values.items()}
+    if isinstance(values, list) and values and isinstance(values[0], dict):
+        return [arrays(value) for value in values]
     return values if isinstance(values, jax.Array) else jnp.asarray(np.array(values, dtype=float))
-
-
-def plain(value):
-    """The value as JSON has it: lists for arrays, texts for floats that are not finite."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        return plain(np.asarray(value).tolist())
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def layer(function):
@@ -720,40 +619,25 @@ def layer(function):
     return run
 
 
-FUNCTIONS = {
-    function.__name__: function
-    for function in (
-        *(token_weights, overlong_penalty, group_advantages, step_advantages, dynamic_sampling),
-        *(rl_learning_rates, select_experts, rft_schedule),
-        *(pass_at_k, bootstrap_interval, evaluation, seed_of, uniforms, next_problems),
-        *(sampled_logprobs, draw, sample, adamw, model_forward, model_gradients, model_training),
-        *(policy_gradient, encode, decode, render_chat, encode_prompt, special_ids),
-        *(verify_countdown, iteration),
-    )
-}
+SHARED = (
+    *("token_weights", "overlong_penalty", "dynamic_sampling", "rl_learning_rates", "rft_schedule"),
+    *("evaluation", "seed_of", "uniforms", "next_problems", "verify_countdown"),
+    *("encode", "decode", "render_chat", "encode_prompt", "special_ids"),
+)
+OWN = (
+    *(group_advantages, step_advantages, select_experts, pass_at_k, bootstrap_interval),
+    *(sampled_logprobs, draw, adamw, model_forward, model_gradients, model_training),
+    *(policy_gradient, sample, iteration),
+)
+FUNCTIONS = {name: shared.FUNCTIONS[name] for name in SHARED}
+FUNCTIONS |= {f.__name__: f for f in OWN}
 FUNCTIONS |= {f.__name__: layer(f) for f in (rms_norm, rope_frequencies, rotate, attention, swiglu)}
 FUNCTIONS |= {f.__name__: with_gradient(f) for f in (kl_loss, sft_loss)}
 FUNCTIONS["grpo_loss"] = with_gradient(grpo_loss, has_aux=True)
 
 
-def answer(request):
-    """The answer to a request."""
-    function = FUNCTIONS.get(request["function"])
-    if function is None:
-        return {"skip": "no parser of mathematics"}
-    try:
-        return {"output": plain(function(**request["inputs"]))}
-    except Exception as error:  # the runner shows it
-        return {"error": f"{type(error).__name__}: {error}"}
-
-
-def main():
-    """Answers one request a line until standard input is closed."""
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(encoding="utf-8")
-    for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["train"]:
+        train(json.loads(Path(sys.argv[2]).read_text("utf-8")))
+    else:
+        shared.main(FUNCTIONS)

@@ -890,7 +890,7 @@ def plain(value):
     """The value as JSON has it: lists for arrays, texts for floats that are not finite."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (np.ndarray, np.generic)):
+    if hasattr(value, "tolist"):  # of numpy or jax
         return plain(value.tolist())
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
@@ -914,9 +914,9 @@ for layer in (rms_norm, rope_frequencies, rotate, attention, swiglu):
     FUNCTIONS[layer.__name__] = functools.partial(run_layer, layer)
 
 
-def answer(request):
+def answer(request, functions):
     """The answer to a request."""
-    function = FUNCTIONS.get(request["function"])
+    function = functions.get(request["function"])
     if function is None:
         return {"skip": "no parser of mathematics"}
     try:
@@ -925,13 +925,13 @@ def answer(request):
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def main():
+def main(functions):
     """Answers one request a line until standard input is closed."""
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8")
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+        print(json.dumps(answer(json.loads(line), functions)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(FUNCTIONS)

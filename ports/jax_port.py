@@ -1,7 +1,7 @@
 """A port of RLoop in jax: batched and compiled, gradients by jax.grad, float32.
 
     python -m golden.check python ports/jax_port.py
-    python ports/jax_port.py train TASK.json                its own samples: see train below
+    python ports/jax_train.py TASK.json                     trains on samples of its own
 
 Written from golden/README.md and docs/porting.md, without RLoop. What computes no array is shared
 with numpy_port: random streams, text, the Countdown judge, schedules and the counts of evaluation.
@@ -12,18 +12,14 @@ to token t), V vocabulary, R rows, H query heads, K key heads, E head width.
 """
 
 import functools
-import json
 import math
-import sys
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_port as shared
-from safetensors.numpy import load_file, save_file
 
 UNKNOWN = -3.4028235e38  # the logit of ids that have no token
 
@@ -542,62 +538,6 @@ def iteration(config, weights, prompts, samples, **settings):
     return result
 
 
-def train(task):
-    """One RLoop iteration on a task, an object with
-
-    model: a Hugging Face directory; problems: objects with prompt, numbers and target; settings: as
-    in `iteration`, and sampling.num_samples; out: a directory for phi.safetensors and
-    theta.safetensors. Prints a line of JSON for each step.
-    """
-    folder, problems, settings = Path(task["model"]), task["problems"], task["settings"]
-    files = {file.name: json.loads(file.read_text("utf-8")) for file in folder.glob("*.json")}
-    config = {"rope_scaling": None} | files["config.json"]
-    ends = shared.special_ids(files, False, config["vocab_size"])
-    fixed = fixed_of(config, ends["unknown_ids"])
-    seed, sampling, drawn = settings["seed"], settings["sampling"], 0
-    num_samples = sampling["num_samples"]
-
-    def sample_round(policy, step, number, count):
-        nonlocal drawn
-        chosen = shared.next_problems(len(problems), drawn, count, seed)
-        drawn += count
-        round_seed = shared.seed_of([seed, 0, step + 1, number])  # RL steps count from 1
-        rows = [(n, g) for n in range(count) for g in range(num_samples)]
-        streams = [shared.uniforms(round_seed, *row, sampling["max_new_tokens"]) for row in rows]
-        texts = [problems[problem]["prompt"] for problem in chosen]
-        prompts = [shared.encode_prompt(files, text, "{problem}", False, []) for text in texts]
-        arguments = policy, fixed, [prompts[n] for n, _ in rows], streams, ends["stop_ids"]
-        responses = sample_responses(*arguments, sampling["temperature"])
-        for (n, _), response in zip(rows, responses, strict=True):
-            game = [problems[chosen[n]][key] for key in ("numbers", "target")]
-            text = shared.decode(files, response["ids"])
-            response["reward"] = float(shared.verify_countdown(text, *game)["correct"])
-        groups = [responses[i : i + num_samples] for i in range(0, len(rows), num_samples)]
-        named = zip(chosen, prompts, groups, strict=True)
-        return [{"problem": c, "prompt_ids": ids, "samples": group} for c, ids, group in named]
-
-    weights = {name: jnp.asarray(w) for name, w in load_file(folder / "model.safetensors").items()}
-    ends_of = {"steps": weights, "rft": weights}
-    for name, value in run_iteration(weights, fixed, sample_round, **settings):
-        if name == "steps":
-            ends_of[name] = value["updates"][-1]["weights"] if value["updates"] else ends_of[name]
-            samples = [sample for group in value["groups"] for sample in group["samples"]]
-            keys = ("problem", "ids", "logps", "reward")
-            samples = [{key: sample[key] for key in keys} for sample in samples]
-            keys = ("loss", "grad_norm")
-            updates = [{key: update[key] for key in keys} for update in value["updates"]]
-            line = {"samples": samples, "updates": updates}
-        elif name == "experts":
-            line = {"experts": value}
-        else:
-            ends_of[name] = value["weights"]
-            line = {"loss": value["loss"], "grad_norm": value["grad_norm"]}
-        print(json.dumps(shared.plain({"name": name} | line)), flush=True)
-    for name, file in (("steps", "phi"), ("rft", "theta")):
-        tensors = {key: np.asarray(w) for key, w in ends_of[name].items()}
-        save_file(tensors, Path(task["out"]) / f"{file}.safetensors")
-
-
 # The protocol
 
 
@@ -637,7 +577,4 @@ FUNCTIONS["grpo_loss"] = with_gradient(grpo_loss, has_aux=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["train"]:
-        train(json.loads(Path(sys.argv[2]).read_text("utf-8")))
-    else:
-        shared.main(FUNCTIONS)
+    shared.main(FUNCTIONS)

@@ -99,7 +99,10 @@ def select_experts(trajectories, max_success_rate, max_per_problem, min_reward):
     for rows in by_problem.values():
         successes = [(place, t["ids"]) for place, t in rows if t["reward"] >= min_reward]
         if len(successes) / len(rows) <= max_success_rate:
-            unique = list({tuple(ids): place for place, ids in reversed(successes)}.values())[::-1]
+            first = {}
+            for place, ids in successes:
+                first.setdefault(tuple(ids), place)
+            unique = list(first.values())
             last, kept = len(unique) - 1, min(len(unique), max_per_problem)
             steps = [i * last / (kept - 1) for i in range(kept)] if kept > 1 else [0] * kept
             experts += [unique[round(step)] for step in steps]

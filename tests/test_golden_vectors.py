@@ -229,12 +229,14 @@ def is_right(response: str, numbers: list, target: int) -> bool:
         return False
     text = text.rpartition("<answer>")[2].partition("</answer>")[0]
     if "boxed{" in text:
-        text = text.rpartition("boxed{")[2].rpartition("}")[0]
+        text, closed, _ = text.rpartition("boxed{")[2].partition("}")
+        if not closed:
+            return False
     for sign, plain in ((r"\times", "*"), (r"\div", "/"), ("×", "*"), ("÷", "/")):
         text = text.replace(sign, plain)
     board = [Fraction(n) for n in numbers]
     try:
-        for step in re.split("[,;\n]", text.strip()):
+        for step in filter(str.strip, re.split("[,;\n]", text)):
             sides = [(used := [], value_of(side, used)) for side in step.split("=")]
             is_number = len(sides) == 2 and len(sides[0][0]) == 1
             if is_number and sides[0][1] not in board:  # 16 = 8 * 2

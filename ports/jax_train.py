@@ -7,7 +7,7 @@ TASK.json holds an object with the keys
     problems    of Countdown: objects with prompt, numbers and target
     settings    seed, sampling, rl, select, rft and optimizer, as `iteration` of golden/README.md
                 has them, and rl.samples_per_problem
-    out         a directory for phi.safetensors and theta.safetensors, the policies behind RL and RFT
+    out         a directory for phi.safetensors and theta.safetensors, behind RL and behind RFT
 Prints one line of JSON for each step of RL, for the experts, and for each step of RFT.
 """
 
@@ -28,7 +28,8 @@ class Sampler:
     def __init__(self, files, fixed, stop_ids, problems, settings):
         self.files, self.fixed, self.stop_ids = files, fixed, stop_ids
         self.problems, self.seed = problems, settings["seed"]
-        self.sampling, self.num_samples = settings["sampling"], settings["rl"]["samples_per_problem"]
+        self.sampling = settings["sampling"]
+        self.num_samples = settings["rl"]["samples_per_problem"]
         self.drawn = 0  # position in the stream of problems
 
     def __call__(self, policy, step, number, count):

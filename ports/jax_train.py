@@ -18,7 +18,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy_port as shared
-from jax_port import fixed_of, run_iteration, sample_responses
+from jax_model import fixed_of, sample_responses
+from jax_port import run_iteration
 from safetensors.numpy import load_file, save_file
 
 

@@ -420,6 +420,20 @@ def run_layer(layer, **inputs):
     return result[0] if isinstance(result, tuple) else result
 
 
+def layer_gradients(layer, inputs, gradient):
+    """The backward pass of a layer: the gradients of its inputs, by name."""
+    inputs = {key: floats(v) if isinstance(v, list) else v for key, v in inputs.items()}
+    if layer == "rotate":
+        return {"x": rotate(floats(gradient), inputs["cos"], -inputs["sin"])}
+    names = {"rms_norm": ("x", "weight"), "attention": ("q", "k", "v")}
+    function = {"rms_norm": rms_norm, "attention": attention, "swiglu": swiglu}[layer]
+    _, backward = function(**inputs)
+    pairs = zip(
+        names.get(layer, ("x", "gate", "up", "down")), backward(floats(gradient)), strict=True
+    )
+    return dict(pairs)
+
+
 # Stage model
 
 
@@ -906,7 +920,7 @@ FUNCTIONS = {
         *(group_advantages, step_advantages, dynamic_sampling, rl_learning_rates),
         *(select_experts, rft_schedule, pass_at_k, bootstrap_interval, evaluation),
         *(seed_of, uniforms, next_problems, sampled_logprobs, draw, sample, adamw),
-        *(model_forward, model_gradients, model_training, policy_gradient),
+        *(layer_gradients, model_forward, model_gradients, model_training, policy_gradient),
         *(encode, decode, render_chat, encode_prompt, special_ids, verify_countdown, iteration),
     )
 }

@@ -5,7 +5,6 @@ import ast
 import json
 import operator
 import re
-import subprocess
 import sys
 from fractions import Fraction
 from functools import cache
@@ -13,7 +12,6 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from golden import check, flags, make, model_cases, mutants, pcg64, reference, verdict_cases
 from golden.vectors import FOLDER, bundle, differences, dump, load_documents, resolve

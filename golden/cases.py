@@ -888,6 +888,12 @@ def draw() -> list:
             "1, as float32 makes it of a number close to it, draws the last possible token.",
             {"logprobs": [four, [*four[:3], "-inf"]], "uniforms": [1.0, 1.0]},
         ),
+        (
+            "near_borders",
+            "draw_in_half_precision",
+            "Points 1e-5 beside the borders, which numbers of 16 bits do not tell from them.",
+            of(four, 0.24999, 0.25001, 0.49999, 0.50001, 0.74999, 0.75001),
+        ),
         ("certain", "draw_off_by_one", "One token has all.", of(["-inf", 0.0, "-inf"], 0.0, 0.99)),
         (
             "unequal",

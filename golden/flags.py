@@ -71,6 +71,7 @@ FLAGS = {
     "unknown_ids_sampled": "ids without a token have probability 0",
     "draw_off_by_one": "draw the first token whose cumulative probability exceeds the point",
     "draw_impossible": "a token of probability 0 must never be drawn",
+    "draw_in_half_precision": "uniform numbers and cumulative sums have 32 bits or more",
     "draw_past_the_end": "the point is u times the row's total, and stays below it",
     "adam_bias_correction": "Adam's moments are corrected by 1 - beta^t",
     "weight_decay_coupled": "AdamW: decay acts on the weight, not on the gradient",

@@ -455,6 +455,12 @@ def sample() -> list:
             of("llama", first_prompt=4),
         ),
         (
+            "close_points",
+            "draw_in_half_precision",
+            "Points 2e-4 beside the borders of tokens.",
+            of("llama", first_prompt=24),
+        ),
+        (
             "cool",
             "temperature_left_out",
             "Log-probs are those of the distribution that was sampled, here at temperature 0.6.",

@@ -195,9 +195,9 @@ def iteration(config, weights, prompts, samples, **settings):
 
 def with_gradient(loss, has_aux=False):
     """What the vectors ask of a loss: its value and its gradient by logp."""
+    function = jax.jit(jax.value_and_grad(loss, has_aux=has_aux))
 
     def run(logp, **rest):
-        function = jax.jit(jax.value_and_grad(loss, has_aux=has_aux))
         value, gradient = function(arrays(logp), **arrays(rest))
         value, counts = value if has_aux else (value, {})
         return {"loss": value, "gradient": gradient, **counts}

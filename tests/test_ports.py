@@ -46,7 +46,8 @@ LIMITS = {
 def test_port_passes(name):
     """Fault: a vector changed and a port no longer passes, or it skips more than the verdicts on
     mathematics."""
-    command = [sys.executable, "-m", "golden.check", sys.executable, f"ports/{name}_port.py"]
+    command = [sys.executable, "-m", "golden.check", "-deadline", "100"]
+    command += [sys.executable, f"ports/{name}_port.py"]
     options = {"cwd": ROOT, "env": os.environ | ENVIRONMENT, "timeout": 300}
     run = subprocess.run(command, capture_output=True, text=True, **options)
     total = next(line for line in run.stdout.splitlines() if line.startswith("all "))

@@ -121,6 +121,12 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    rank: int = key(0, at_least=0)  # of the adapters, scale/lora.py; 0 = all weights are trained
+    alpha: float = key(32.0, above=0)  # adapters count alpha / rank times (ours)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     every: int = key(25, above=0)  # RL steps between evaluations; a phase's end is always evaluated
     num_samples: int = key(32, above=0)  # responses per problem: k of avg@k, pass@k (paper)
@@ -156,6 +162,7 @@ class Config:
     select: SelectConfig = SelectConfig()
     rft: RFTConfig = RFTConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoRAConfig = LoRAConfig()
     eval: EvalConfig = EvalConfig()
     compute: ComputeConfig = ComputeConfig()
 

@@ -51,10 +51,7 @@ _UNSURE = (1, "?")  # beside the unit that may be none
 
 
 def compare(
-    gold: str,
-    answer: str,
-    tolerance: float = 0.0,
-    symbolic: Callable[[tuple, tuple], bool] | None = None,
+    gold: str, answer: str, tolerance: float = 0.0, symbolic: Callable | None = None
 ) -> str:
     """The verdict's reason: "correct", "wrong", "unparsable" or "undecided". Never raises.
 
@@ -296,8 +293,6 @@ class _Comparison:
             del left[i]
         return not left
 
-    # names
-
     def named(self, node: tuple) -> tuple[tuple, tuple | None] | None:
         """(name, value) of x = value, x in set, x = expr = value ~ decimal.
 
@@ -355,8 +350,6 @@ class _Comparison:
         points = (("tuple", tuple(item[1][1] for item in group)) for group in groups)
         return self.same(("list", tuple(points)), values)
 
-    # collections
-
     def same_collection(self, gold: tuple, answer: tuple) -> bool:
         """The same items, in any order; a tuple is no list."""
         items, answer_items = _items(gold), _items(answer)
@@ -377,8 +370,6 @@ class _Comparison:
         if not gold_numbers:
             return 0 <= rest < modulus and self.same(gold, answer[1][0])
         return gold_numbers[1] == modulus and (gold_numbers[0] - rest) % modulus == 0
-
-    # equations and regions
 
     def same_region(self, gold: tuple, answer: tuple) -> bool:
         """The same pieces of the real line."""
@@ -445,8 +436,6 @@ class _Comparison:
         parts = tuple(x if part is inner else ("mul", (part, ("inv", slope))) for part in parts)
         return (parts, operators) if slope[1] > 0 else (parts[::-1], operators[::-1])
 
-    # quantities
-
     def same_quantity(self, gold: tuple, answer: tuple) -> bool:
         """Values with their units: 5 cm is not 5 km; a missing unit is no difference."""
         (gold_value, gold_unit), (value, unit) = _quantity(gold), _quantity(answer)
@@ -461,8 +450,6 @@ class _Comparison:
             return contains(gold if unit else answer, {"const"}) and self.same_value(gold, answer)
         is_percent = gold_value[0] == "pct" and value[0] != "pct" and not unit
         return is_percent and self.same_value(gold_value[1], value)
-
-    # numbers and functions
 
     def same_value(self, gold: tuple, answer: tuple) -> bool:
         """The same number, or the same function of the same variables."""

@@ -7,7 +7,6 @@ What a case needs beside pure functions (a run directory, a tokenizer's files, t
 in for here; every formula is the product's.
 """
 
-import copy
 import json
 import math
 import sys
@@ -175,7 +174,7 @@ def rl_learning_rates(steps, lr, warmup_steps):
     run, rates = MemoryRun(run_config(rl={"lr": lr, "warmup_steps": warmup_steps})), []
     nothing = [], [], 0, {"time/rollout_s": 0.0}
 
-    def update(run, policy, optimizer, usable, reference, lr):
+    def update(run, policy, optimizer, usable, theta_i, lr):
         rates.append(lr)
         return {}
 
@@ -443,8 +442,7 @@ def iteration(config, weights, prompts, samples, **values):
     problems = [SimpleNamespace(id=str(p)) for p in range(len(prompts))]
     trace = Trace(prompts, samples)
     stand_ins = {name: getattr(trace, name) for name in Trace.WRAPPED}
-    stand_ins |= {"respond": trace.respond, "load_policy": lambda _: copy.deepcopy(policy)}
-    stand_ins |= {"evaluate": lambda *_: {}, "step_line": lambda *_: ""}
+    stand_ins |= {"respond": trace.respond, "evaluate": lambda *_: {}, "step_line": lambda *_: ""}
     with traced_logprobs() as trace.logps, patch.multiple(rloop, **stand_ins):
         rloop.run_rloop(run, policy, None, problems, [])
     return {"steps": trace.steps, "experts": trace.experts, "rft": trace.rft}
@@ -479,10 +477,10 @@ class Trace:
             groups.append(rows)
         return groups, {"time/rollout_s": 0.0}
 
-    def update(self, run, policy, optimizer, groups, reference, lr):
+    def update(self, run, policy, optimizer, groups, theta_i, lr):
         usable = [self.place[id(group[0].ids)][1] for group in groups]
         self.steps.append({"lr": lr, "usable": usable, "advantages": [], "updates": []})
-        return self.original["update"](run, policy, optimizer, groups, reference, lr)
+        return self.original["update"](run, policy, optimizer, groups, theta_i, lr)
 
     def training_rows(self, groups, cfg):
         rows_NG = self.original["training_rows"](groups, cfg)

@@ -3,8 +3,8 @@ docs/run_directory.md lists its files.
 
 A step counts once a checkpoint follows it: when a run continues, lines written after its last
 checkpoint are cut off, and those steps are run again. Every method that writes or reads is a
-collective (scale/parallel.py): the first process handles the files, but each process writes its own
-shards of a checkpoint's tensors.
+collective (scale/parallel.py), but for lines: the first process handles the files, but each process
+writes its own trajectories, and its own shards of a checkpoint's tensors.
 """
 
 import contextlib

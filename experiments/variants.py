@@ -1,7 +1,8 @@
 """RLoop with one thing changed: python -m experiments.variants NAME --config FILE ...
 
 Every variant replaces one or two functions of rloop.py, and the rest runs as it is. They also show
-what a change of the algorithm looks like. All of them continue exactly after a stop.
+what a change of the algorithm looks like. All of them run in one process and continue exactly after
+a stop.
 """
 
 import sys

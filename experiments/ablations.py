@@ -10,7 +10,7 @@ from experiments.common import MEASURES, mean_and_std, paired_gain, publish, run
 
 SEEDS = range(4)
 ENDS = ["--eval.every", "300"]  # evaluated where a phase or an RFT ends
-RLOOP = []  # overrides of the headline's RLoop: the defaults of experiments/countdown.toml
+RLOOP = []  # overrides of the headline's RLoop: the defaults of configs/countdown.toml
 PLAIN = ["--method", "rl"]
 
 # name -> (variant of variants.py or "", overrides)
@@ -53,7 +53,7 @@ ARMS = {"ablations": ABLATIONS, "beyond": BEYOND}
 
 def command(variant: str, overrides: list[str], seed: int) -> list[str]:
     program = ["-m", "experiments.variants", variant] if variant else ["rloop.py"]
-    options = ["--config", "experiments/countdown.toml", "--seed", str(seed)]
+    options = ["--config", "configs/countdown.toml", "--seed", str(seed)]
     return [*program, *options, *RLOOP, *overrides, *ENDS]
 
 

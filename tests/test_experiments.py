@@ -11,10 +11,6 @@ import rloop
 from config import load_config
 from experiments import ablations, common, headline, map, phenomena, variants
 
-EASY_GAMES = [  # the base policy solves a quarter of them
-    *("--data.train", str(ROOT / "tests" / "easy_games.jsonl")),
-    *("--data.eval", str(ROOT / "tests" / "easy_heldout.jsonl")),
-]
 VARIANTS = [
     name
     for name, f in inspect.getmembers(variants, inspect.isfunction)
@@ -34,8 +30,8 @@ def small_variant(tmp_path, monkeypatch):
             if variant:
                 getattr(variants, variant)()
             path = str(tmp_path / name)
-            flags = [*SMALL_RUN, *EASY_GAMES, *overrides, "--iterations", "3", "--run_dir", path]
-            rloop.run_method(load_config(ROOT / "experiments" / "countdown.toml", flags))
+            flags = [*SMALL_RUN, *overrides, "--iterations", "3", "--run_dir", path]
+            rloop.run_method(load_config(ROOT / "configs" / "countdown.toml", flags))
         last = sorted((tmp_path / name / "policies").iterdir())[-1]  # theta_3, of plain RL rl_1
         return (last / "model.safetensors").read_bytes(), common.evaluations(tmp_path / name)
 

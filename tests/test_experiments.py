@@ -9,7 +9,8 @@ from conftest import ROOT, SMALL_RUN
 
 import rloop
 from config import load_config
-from experiments import ablations, common, headline, map, phenomena, variants
+from experiments import ablations, common, headline, phenomena, variants
+from experiments import map as map_of_winners
 
 VARIANTS = [
     name
@@ -217,8 +218,8 @@ def test_map_report(tmp_path, monkeypatch):
         best = winner.get(cell, "RLoop")
         return 16 if arm.startswith(best) and "3e-5" not in arm else 8
 
-    fake_results(monkeypatch, tmp_path, map, solved_of)
-    map.main(jobs=1)
+    fake_results(monkeypatch, tmp_path, map_of_winners, solved_of)
+    map_of_winners.main(jobs=1)
     lines = (tmp_path / "map.md").read_text().splitlines()
     assert len(lines) == 2 + 27 and all(line.count("|") == lines[0].count("|") for line in lines)
     assert "| 3 | 0.031 | 100 | 0.225 | 0.225 | 0.450 | 0.900 | 0.900 | 0.900 |" in lines

@@ -140,7 +140,7 @@ def test_documented_command_runs(place):
     tiny = "--model.path model --model.random_init true --data.chat_template false --compute.dtype"
     small = [*SMALL_RUN, *tiny.split(), "float32", "--sampling.max_new_tokens", "1"]
     small += ["--data.train_size", "0", "--data.eval_size", "0", "--run_dir", "run"]
-    arguments = [ROOT / script, config, ROOT / path, *overrides, *small]
+    arguments = [ROOT / script, config, ROOT / path, *small, *overrides]
     subprocess.run([sys.executable, *map(str, arguments)], check=True, timeout=300)
     rows = read(place / "run/trajectories/iteration_1.jsonl")
     rewards = {row["response"]: row["reward"] for row in rows}

@@ -103,13 +103,13 @@ class RLConfig:
 class SelectConfig:
     min_reward: float = key(1.0, above=0, at_most=1)  # of a success: an expert, and in avg@k
     max_success_rate: float = key(0.9, above=0, at_most=1)  # of hard problems (value ours)
-    max_per_problem: int = key(100, above=0)  # expert trajectories kept per problem (ours)
+    max_per_problem: int = key(10, above=0)  # expert trajectories kept per problem (ours)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RFTConfig:
     lr: float = key(3e-4, at_least=0)  # peak learning rate, linear decay to 0 (ours)
-    epochs: int = key(12, above=0)  # passes over the experts (ours)
+    epochs: int = key(6, above=0)  # passes over the experts (ours)
     batch_size: int = key(64, above=0)  # trajectories in an optimizer step (ours)
     warmup_steps: int = key(0, at_least=0)  # linear warm-up, optimizer steps (ours)
 
@@ -118,6 +118,12 @@ class RFTConfig:
 class OptimizerConfig:
     weight_decay: float = key(0.0, at_least=0)  # AdamW, decoupled (ours; DAPO: 0.1)
     grad_clip: float = key(1.0, above=0)  # largest gradient norm (DAPO)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    rank: int = key(0, at_least=0)  # of the adapters, scale/lora.py; 0 = all weights are trained
+    alpha: float = key(32.0, above=0)  # adapters count alpha / rank times (ours)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +162,7 @@ class Config:
     select: SelectConfig = SelectConfig()
     rft: RFTConfig = RFTConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoRAConfig = LoRAConfig()
     eval: EvalConfig = EvalConfig()
     compute: ComputeConfig = ComputeConfig()
 

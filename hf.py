@@ -3,15 +3,16 @@
 Only safetensors and JSON are read: a pickle can run a stranger's code.
 """
 
+import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from config import UserError, read_json, write_json
 from model import Transformer, TransformerConfig
@@ -28,9 +29,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_model(
-    path: str | Path,
-    dtype: torch.dtype | None = torch.float32,
-    device: str | torch.device = "cpu",
+    path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
 ) -> Transformer:
     """The model of a Hugging Face directory (one safetensors file, or shards with their index).
 
@@ -46,7 +45,11 @@ def load_model(
     shapes.setdefault(HEAD, shapes[EMBEDDING])  # a tied head may be in the file all the same
     state = {}
     for file in _weight_files(path):
-        for name, tensor in _tensors(file):
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: cannot be read as safetensors: {error}") from None
+        for name, tensor in tensors.items():
             if not name.endswith("rotary_emb.inv_freq"):
                 _check_tensor(name, tensor, shapes, file)
                 state[name] = tensor.to(device=device, dtype=dtype)
@@ -62,9 +65,19 @@ def load_model(
 
 
 def random_model(path: str | Path, seed: int) -> Transformer:
-    """A float32 model of the directory's architecture with seeded random weights."""
-    model = Transformer(read_config(Path(path))).init_weights(seed)
-    model.source = Path(path)
+    """A float32 model of the directory's architecture with seeded random weights: normal with
+    config.json's initializer_range as std; the layers that write to the residual stream are scaled
+    by 1/sqrt(2 * num_layers) (GPT-2)."""
+    model, generator = Transformer(read_config(Path(path))), torch.Generator().manual_seed(seed)
+    model.source, c = Path(path), model.config
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            nn.init.constant_(weight, 1.0 if name.endswith("norm.weight") else 0.0)
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = math.sqrt(2 * c.num_layers) if writes else 1.0
+            std = c.hf_config.get("initializer_range", 0.02) / scale
+            nn.init.normal_(weight, std=std, generator=generator)
     return model
 
 
@@ -83,7 +96,7 @@ def save_model(
     """
     path, temporary = Path(path), Path(path) / "saving.tmp"
     temporary.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict() if state is None else state
+    state = dict(model.weights()) if state is None else state
     save_torch_state_dict(state, temporary, max_shard_size=max_shard_bytes)
     for name in COPIED_FILES:
         if model.source is not None and (model.source / name).exists():
@@ -178,12 +191,3 @@ def _weight_files(path: Path) -> list[Path]:
     if unsafe and not file.exists():
         raise UserError(f"{unsafe[0]}: a pickle is not loaded; convert it to safetensors")
     return [file]
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (a safe_open is no dictionary)
-                yield name, tensors.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as safetensors: {error}") from None

@@ -9,7 +9,7 @@ slots. rloop.py lists the letters of the whole project.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,14 +48,11 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """A norm that computes in its input's dtype, as Linear."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def rope_frequencies(config: TransformerConfig, device: torch.device | str = "cpu") -> Tensor:
@@ -212,26 +209,19 @@ class Block(nn.Module):
         return x_D + self.mlp(self.post_attention_layernorm(x_D))
 
 
-class Body(nn.Module):
-    """What Hugging Face calls `model.`: everything but the head."""
-
-    def __init__(self, c: TransformerConfig):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
-        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
-
-
 class Transformer(nn.Module):
     """model(ids_BT) -> logits_BTV, float32: position t's logits predict the token at t + 1."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.config = config
-        self.model = Body(config)
+        self.config = c = config
+        self.model = nn.Module()  # Hugging Face's name of everything but the head
+        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.model.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
+        self.model.norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.lm_head: Linear | None = None  # None: the embedding is the head, too
-        if not config.tie_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not c.tie_embeddings:
+            self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
         self.compute_dtype: torch.dtype | None = None  # of the activations; None = the weights'
         self.source: Path | None = None  # the directory it came from, for save_pretrained
         self.unknown_ids: Tensor | None = None  # ids without a token, which a run never samples
@@ -269,6 +259,13 @@ class Transformer(nn.Module):
         """[V, D]; the embedding's where they are tied."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of its checkpoint, one by one; adapters are merged (scale/lora.py)."""
+        yield from self.state_dict().items()
+
+    def save_adapters(self, path: Path) -> None:
+        """Nothing: without scale/lora.py there are none."""
+
     def compile_blocks(self) -> "Transformer":
         """torch.compile of the blocks without their attention; on a CPU it needs a C++ compiler.
         One compilation serves all blocks and all numbers of tokens."""
@@ -276,20 +273,6 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             block.before = torch.compile(block.before, dynamic=True)
             block.after = torch.compile(block.after, dynamic=True)
-        return self
-
-    def init_weights(self, seed: int) -> "Transformer":
-        """Fresh weights: normal with config.json's initializer_range as std; the layers that write
-        to the residual stream are scaled by 1/sqrt(2 * num_layers) (GPT-2)."""
-        std = self.config.hf_config.get("initializer_range", 0.02)
-        generator = torch.Generator().manual_seed(seed)
-        residual = ("o_proj.weight", "down_proj.weight")
-        for name, weight in self.named_parameters():
-            if weight.dim() == 1:
-                nn.init.constant_(weight, 1.0 if name.endswith("norm.weight") else 0.0)
-            else:
-                scale = math.sqrt(2 * self.config.num_layers) if name.endswith(residual) else 1.0
-                nn.init.normal_(weight, std=std / scale, generator=generator)
         return self
 
     @classmethod

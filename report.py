@@ -90,7 +90,15 @@ def score(evaluation: dict, measure: str) -> float:
 def load_groups(paths: list[Path]) -> dict[str, list[Run]]:
     """Label -> runs by seed. Raises UserError for what is no run and runs that do not compare."""
     runs = [load_run(path) for path in paths]
-    label_runs(runs)
+    # label = the method, the settings in which its runs differ, and whether it is unfinished
+    for method in {run.method for run in runs}:
+        same = [run for run in runs if run.method == method]
+        keys = sorted({key for run in same for key in run.config if not NEUTRAL_KEY.fullmatch(key)})
+        keys = [key for key in keys if len({repr(run.config.get(key)) for run in same}) > 1]
+        for run in same:
+            settings = ", ".join(f"{key} {run.config.get(key)}" for key in keys)
+            run.label = f"{method} ({settings})" if keys else method
+            run.label += "" if run.finished() else ", unfinished"
     runs.sort(key=lambda run: (run.label, run.config["seed"]))
     for a, b in itertools.pairwise(runs):
         for key in filter(SHARED_KEY.fullmatch, differing_keys(a.config, b.config)):
@@ -132,18 +140,6 @@ def whole_lines(file: Path) -> Iterator[tuple[int, bytes]]:
                 print(f"{file}:{number}: the last line is half written and left out")
                 return
             yield number, line
-
-
-def label_runs(runs: list[Run]) -> None:
-    """Label = the method, the settings in which its runs differ, and whether it is unfinished."""
-    for method in {run.method for run in runs}:
-        same = [run for run in runs if run.method == method]
-        keys = sorted({key for run in same for key in run.config if not NEUTRAL_KEY.fullmatch(key)})
-        keys = [key for key in keys if len({repr(run.config.get(key)) for run in same}) > 1]
-        for run in same:
-            settings = ", ".join(f"{key} {run.config.get(key)}" for key in keys)
-            run.label = f"{method} ({settings})" if keys else method
-            run.label += "" if run.finished() else ", unfinished"
 
 
 def final_evals(groups: dict[str, list[Run]]) -> dict[str, list[dict]]:

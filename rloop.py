@@ -43,7 +43,7 @@ from model import Transformer
 from packing import Packed, Row, micro_batches, token_logprobs
 from run import Run, Stopped, evaluation_line, filter_line, progress_bar, step_line
 from sampler import sample, sampling_copy
-from scale import parallel, plan, speed
+from scale import lora, parallel, plan, speed
 from verify import check_reward, verify_many
 
 STD_EPS = 1e-6  # keeps the advantages finite; GRPO
@@ -99,9 +99,6 @@ def explore(run, policy, tokenizer, problems, heldout, num_steps, theta_i) -> No
         return  # the run was stopped in RFT: this phase is over
     cfg = run.cfg
     optimizer = new_optimizer(run, policy, resume=run.progress.step > 0)
-    reference = load_policy(cfg) if cfg.rl.kl_coef > 0 else None
-    if reference is not None:
-        reference.load_state_dict(theta_i)
     if run.evaluation_pending(num_steps):  # the run was stopped before this evaluation
         evaluate(run, policy, tokenizer, heldout, "rl")
     for step in range(run.progress.step + 1, num_steps + 1):
@@ -110,7 +107,7 @@ def explore(run, policy, tokenizer, problems, heldout, num_steps, theta_i) -> No
         if seconds["time/rollout_s"] > LONG_STEP_S:
             run.checkpoint_if(False, policy, optimizer, theta_i)  # a stop drops this step
         lr = cfg.rl.lr * min(1.0, step / (cfg.rl.warmup_steps + 1))
-        metrics = update(run, policy, optimizer, usable, reference, lr) | seconds
+        metrics = update(run, policy, optimizer, usable, theta_i, lr) | seconds
         record = {"phase": "rl", "step": step} | sampling_metrics(sampled) | metrics
         line = step_line(record, run.progress.iteration, num_steps)
         run.commit(record, line, trajectories=sampled, step=step, problems_drawn=drawn)
@@ -203,9 +200,9 @@ def sampling_metrics(sampled: list[list[Trajectory]]) -> dict[str, float]:
 # ---- the RL update
 
 
-def update(run, policy, optimizer, groups, reference, lr) -> dict[str, float]:
+def update(run, policy, optimizer, groups, theta_i, lr) -> dict[str, float]:
     """One RL update on the usable groups, in rl.minibatches optimizer steps; nothing without groups
-    or at learning rate 0. reference: the KL term's, or None. Returns metrics."""
+    or at learning rate 0. theta_i is the reference of the KL term. Returns metrics."""
     if not groups or lr == 0:
         return {"rl/lr": lr, "time/update_s": 0.0}
     start = time.perf_counter()
@@ -214,8 +211,11 @@ def update(run, policy, optimizer, groups, reference, lr) -> dict[str, float]:
     rows_NG = training_rows(groups, cfg)
     if cfg.rl.recompute_logprobs:
         set_logprobs(rows_NG, "old_logps", policy, cfg)
-    if reference is not None:
-        set_logprobs(rows_NG, "ref_logps", reference, cfg)
+    if cfg.rl.kl_coef > 0:
+        phi = {name: weight.clone() for name, weight in policy.state_dict().items()}
+        policy.load_state_dict(theta_i)
+        set_logprobs(rows_NG, "ref_logps", policy, cfg)
+        policy.load_state_dict(phi)
     steps: list[dict[str, float]] = []
     for split in np.array_split(np.arange(len(groups)), min(cfg.rl.minibatches, len(groups))):
         minibatch = [rows_NG[n] for n in split]
@@ -235,7 +235,7 @@ def update(run, policy, optimizer, groups, reference, lr) -> dict[str, float]:
         "rl/logp_gap_max_nat": first["gap_max"],
         "time/update_s": time.perf_counter() - start,
     }
-    return metrics | ({"rl/kl_nat": sums["kl"] / len(steps)} if reference is not None else {})
+    return metrics | ({"rl/kl_nat": sums["kl"] / len(steps)} if cfg.rl.kl_coef > 0 else {})
 
 
 def training_rows(groups: list[list[Trajectory]], cfg: Config) -> list[list[Row]]:
@@ -600,7 +600,7 @@ def load_policy(cfg: Config) -> Transformer:
         policy = Transformer.from_pretrained(cfg.model.path, dtype=None)
     unknown_ids = Tokenizer(cfg.model.path).unknown_ids(policy.config.vocab_size)
     policy.unknown_ids = torch.tensor(unknown_ids, dtype=torch.long, device=parallel.device())
-    return parallel.prepare(policy, cfg.compute)
+    return parallel.prepare(lora.add(policy, cfg), cfg.compute)
 
 
 def run_method(cfg: Config) -> None:

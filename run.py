@@ -131,8 +131,6 @@ class Run:
         except ImportError as error:
             raise UserError(f"logging: {error}; pip install {' '.join(self.cfg.logging)}") from None
 
-    # ---- what a run writes along the way
-
     @property
     def rl_steps(self) -> int:
         """Finished RL steps of the whole run."""
@@ -196,11 +194,13 @@ class Run:
         return parallel.on_main(lambda: list(self.lines(name)))
 
     def export(self, policy: nn.Module, name: str) -> None:
-        """Write the policy with its tokenizer as the Hugging Face directory RUN/policies/NAME."""
-        state = parallel.full_state(policy)
+        """Write the policy with its tokenizer as the Hugging Face directory RUN/policies/NAME, and
+        its adapters, if it has any, as the PEFT directory RUN/adapters/NAME."""
+        state = parallel.full_state(policy.weights())
         path = self.path / "policies" / name
         with _disk(path):
             parallel.on_main(lambda: hf.save_model(policy, path, state))
+            policy.save_adapters(self.path / "adapters" / name)
 
     def finish_iteration(self, policy: nn.Module) -> None:
         """Export theta_{i+1}, and start the next iteration."""
@@ -220,8 +220,6 @@ class Run:
             return False
         evaluations = self.read("evaluations.jsonl")
         return not any(e["policy"] == "rl" and e["rl_steps"] == self.rl_steps for e in evaluations)
-
-    # ---- checkpoints
 
     def checkpoint_if(self, due: bool, policy, optimizer, theta_i=None) -> None:
         """Write a checkpoint if one is due or a stop is requested. Raises Stopped for a stop."""

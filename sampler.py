@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from model import KVCache, Transformer
@@ -215,20 +214,17 @@ def _check(model, prompts, num_samples, max_new_tokens, temperature, top_p, top_
             raise ValueError(f"sample: prompt {i}: ids outside the vocabulary 0..{vocabulary - 1}")
 
 
-# ---- the weights that are sampled from
-
-
 @torch.no_grad()
 def sampling_copy(policy: Transformer, dtype: str, compiled: bool = False) -> Transformer:
     """An unsharded copy of the current weights in dtype ("float32" or "bfloat16"), or the policy
-    itself if it is unsharded and has that dtype. Every process gathers its own copy of sharded
-    weights, tensor by tensor. compiled: compile the copy's blocks."""
-    state, dtype = policy.state_dict(), getattr(torch, dtype)  # FSDP: gathered weights are dropped
-    if policy.head_weight.dtype == dtype and not isinstance(policy.head_weight, DTensor):
+    itself if it has that dtype, no shards and no adapters. Every process gathers its own copy of
+    sharded weights, tensor by tensor. compiled: compile the copy's blocks."""
+    dtype = getattr(torch, dtype)
+    if type(policy) is Transformer and policy.head_weight.dtype == dtype:
         return policy
     with torch.device("meta"):
         copy = Transformer(policy.config)
-    state = {name: whole_tensor(weight).to(dtype) for name, weight in state.items()}
+    state = {name: whole_tensor(weight).to(dtype) for name, weight in policy.weights()}
     copy.load_state_dict(state, assign=True)
     copy.requires_grad_(False)
     copy.unknown_ids = policy.unknown_ids

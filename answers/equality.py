@@ -51,10 +51,7 @@ _UNSURE = (1, "?")  # beside the unit that may be none
 
 
 def compare(
-    gold: str,
-    answer: str,
-    tolerance: float = 0.0,
-    symbolic: Callable[[tuple, tuple], bool] | None = None,
+    gold: str, answer: str, tolerance: float = 0.0, symbolic: Callable | None = None
 ) -> str:
     """The verdict's reason: "correct", "wrong", "unparsable" or "undecided". Never raises.
 
@@ -224,8 +221,9 @@ def _items(node: tuple) -> list[tuple]:
 
 
 def _joined(node: tuple, other: tuple) -> tuple:
-    """What "and" means: x = 1 and y = 2 is a list, x = 1 and x = 2 the list 1, 2 but no set."""
-    if node[0] != "both":
+    """What "and" means: x = 1 and y = 2 is a list, x = 1 and x = 2 the list 1, 2 but no set; x > 2
+    and x < 5 stays."""
+    if node[0] != "both" or not any(map(_is_equation, node[1])):
         return node
     is_one = len({item[1][0] for item in node[1]}) == 1
     is_list = all(map(_is_equation, node[1])) and (not is_one or other[0] == "list")
@@ -269,7 +267,7 @@ class _Comparison:
         named, answer_named = self.named(gold), self.named(answer)
         if named or answer_named:
             return self.same_named(named or (None, gold), answer_named or (None, answer))
-        if "union" in kinds:
+        if kinds & {"union", "both"}:
             return self.same_region(gold, answer)
         if kinds & {"list", "set"} or contains((gold, answer), _SIGNS):
             return self.same_collection(gold, answer)
@@ -294,8 +292,6 @@ class _Comparison:
                 return False
             del left[i]
         return not left
-
-    # names
 
     def named(self, node: tuple) -> tuple[tuple, tuple | None] | None:
         """(name, value) of x = value, x in set, x = expr = value ~ decimal.
@@ -354,8 +350,6 @@ class _Comparison:
         points = (("tuple", tuple(item[1][1] for item in group)) for group in groups)
         return self.same(("list", tuple(points)), values)
 
-    # collections
-
     def same_collection(self, gold: tuple, answer: tuple) -> bool:
         """The same items, in any order; a tuple is no list."""
         items, answer_items = _items(gold), _items(answer)
@@ -377,8 +371,6 @@ class _Comparison:
             return 0 <= rest < modulus and self.same(gold, answer[1][0])
         return gold_numbers[1] == modulus and (gold_numbers[0] - rest) % modulus == 0
 
-    # equations and regions
-
     def same_region(self, gold: tuple, answer: tuple) -> bool:
         """The same pieces of the real line."""
         pieces, answer_pieces = self.pieces(gold), self.pieces(answer)
@@ -399,6 +391,14 @@ class _Comparison:
             return [(None, node)]
         if kind == "rel":
             return self.inequality(node)
+        if kind == "both":  # x > 2 and x < 5
+            pieces = sum(map(self.pieces, node[1]), [])
+            pieces.sort(key=lambda piece: piece[1][1] == _MINUS)
+            ends = [(piece[1] == _MINUS, piece[2] == _INFINITY) for _, piece in pieces]
+            if ends != [(False, True), (True, False)] or pieces[0][0] != pieces[1][0]:
+                return []
+            (x, low), (_, high) = pieces
+            return [(x, ("interval", low[1], high[2], low[3], high[4]))]
         if kind in ("union", "list"):  # a part that is no region is a point
             parts = (self.pieces(p) or [(None, ("interval", p, p, True, True))] for p in node[1])
             return sum(parts, [])
@@ -436,8 +436,6 @@ class _Comparison:
         parts = tuple(x if part is inner else ("mul", (part, ("inv", slope))) for part in parts)
         return (parts, operators) if slope[1] > 0 else (parts[::-1], operators[::-1])
 
-    # quantities
-
     def same_quantity(self, gold: tuple, answer: tuple) -> bool:
         """Values with their units: 5 cm is not 5 km; a missing unit is no difference."""
         (gold_value, gold_unit), (value, unit) = _quantity(gold), _quantity(answer)
@@ -452,8 +450,6 @@ class _Comparison:
             return contains(gold if unit else answer, {"const"}) and self.same_value(gold, answer)
         is_percent = gold_value[0] == "pct" and value[0] != "pct" and not unit
         return is_percent and self.same_value(gold_value[1], value)
-
-    # numbers and functions
 
     def same_value(self, gold: tuple, answer: tuple) -> bool:
         """The same number, or the same function of the same variables."""

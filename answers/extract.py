@@ -111,7 +111,7 @@ def extract_answer(text: str) -> str | None:
     box = boxes[-1][0] if boxes else -1
     last = max(tag, box, *starts)
     if last < 0:
-        stated = None if text.endswith(("?", ",", "+", "=")) else _stated(_last_sentence(text))
+        stated = None if text.endswith(("?", ",", "+", "=")) else _stated(text)
         return text if _CHOICE.fullmatch(text) else stated
     if 0 <= tag <= last <= tag + len(inner):
         text = text[: text.find(inner, tag) + len(inner)]
@@ -215,14 +215,11 @@ def _one_line(text: str) -> str:
     return _DISPLAY.sub(lambda m: "$" + " ".join((m[1] or m[2]).split()).rstrip(".") + "$", text)
 
 
-def _last_sentence(text: str) -> str:
+def _stated(text: str) -> str | None:
+    """The value of the last sentence, without a marker: the last formula among words that change
+    nothing, or what stands behind the verb."""
     text = _one_line(text[-4000:]).replace("\\(", "$").replace("\\)", "$").strip(' \t\n*_`"')
-    return next((s for s in reversed(_SENTENCE_END.split(text)) if s.strip(" *_`")), "")
-
-
-def _stated(sentence: str) -> str | None:
-    """The value of a sentence without a marker: the last formula among words that change nothing,
-    or what stands behind the verb."""
+    sentence = next((s for s in reversed(_SENTENCE_END.split(text)) if s.strip(" *_`")), "")
     if _DOUBT.search(_CONTRAST.sub("", sentence)):
         return None
     if sentence.count("$") == 1:

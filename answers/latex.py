@@ -185,7 +185,9 @@ def tokenise(text: str, in_text: bool = False) -> list[Token]:
             name = _SYNONYMS.get(value[1:], value[1:])
             if name in _TEXT_COMMANDS:
                 inner, position = _braced(text, position)
-                tokens += _text_tokens(inner)
+                inner = re.sub(r"\\[,;: ]", " ", inner).strip()
+                is_text = re.fullmatch(r"[A-Za-z][A-Za-z0-9. /^{}-]*", inner) is not None  # m/s^2
+                tokens += tokenise(inner, is_text)
                 continue
             if name in _SKIPPED:
                 continue
@@ -214,12 +216,6 @@ def _braced(text: str, position: int) -> tuple[str, int]:
         if depth == 0:
             return text[position + 1 : i], i + 1
     raise NotMath("unbalanced braces")
-
-
-def _text_tokens(inner: str) -> list[Token]:
-    """What stands in \\text{...}: words and units, or maths unless it begins with a letter."""
-    inner = re.sub(r"\\[,;: ]", " ", inner).strip()
-    return tokenise(inner, re.fullmatch(r"[A-Za-z][A-Za-z0-9. /^{}-]*", inner) is not None)  # m/s^2
 
 
 def _word_tokens(word: str, in_text: bool, can_be_unit: bool = False) -> list[Token]:

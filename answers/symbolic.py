@@ -18,17 +18,15 @@ def judge(gold: str, answer: str, tolerance: float = 0.0, timeout_s: float = 5.0
 
 def compare_with_sympy(gold: str, answer: str) -> str:
     """compare with sympy as the last resort; runs in a worker process."""
-    try:
-        return compare(gold, answer, symbolic=_is_zero_difference)
-    except Exception:  # sympy raises anything; equality was not shown
-        return "wrong"
-
-
-def _is_zero_difference(gold: tuple, answer: tuple) -> bool:
     import sympy
 
-    difference = _to_sympy(gold) - _to_sympy(answer)
-    return bool(sympy.simplify(difference.doit()) == 0)
+    def same(gold: tuple, answer: tuple) -> bool:
+        return bool(sympy.simplify((_to_sympy(gold) - _to_sympy(answer)).doit()) == 0)
+
+    try:
+        return compare(gold, answer, symbolic=same)
+    except Exception:  # sympy raises anything; equality was not shown
+        return "wrong"
 
 
 def _to_sympy(node: tuple):

@@ -53,10 +53,8 @@ class _Worker:
         return self.process.stdout.readline().decode()  # the child writes whole lines
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        with self.process:  # which closes the pipes
+            self.process.kill()
 
 
 _idle: list[_Worker] = []

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from scale import speed
+from scale import parallel, speed
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -38,6 +38,12 @@ def set_up(args: argparse.Namespace) -> None:
     speed.swap_in()
 
 
+def finish_work() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def alternate(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Median of what each returns per second, A B A B ..., after one round that does not count."""
     rates: dict[str, list[float]] = {name: [] for name in contestants}
@@ -51,8 +57,11 @@ def alternate(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[
 
 def report(args, title: str, rates: dict[str, float], unit: str, **facts) -> None:
     """A table, and one line of JSON. Ours is the first of the rates."""
-    title += f", {args.dtype}, {args.threads} threads{', compiled' * args.compile}"
-    title += f", allocator {args.allocator}"
+    title += f", {args.dtype}{', compiled' * args.compile}, "
+    if parallel.device().type == "cuda":
+        title += torch.cuda.get_device_name()
+    else:
+        title += f"{args.threads} threads, allocator {args.allocator}"
     ours, *peers = rates
     print(title)
     for name, rate in rates.items():

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 import rloop
-from bench.common import DTYPES, options, report, set_up
+from bench.common import DTYPES, finish_work, options, report, set_up
 from config import load_config
 from data import Problem
 from data.tokenizer import Tokenizer
@@ -75,16 +75,19 @@ def main() -> None:
                 self.start = time.perf_counter()
 
             def on_step_end(self, *_, **__):
+                finish_work()
                 middle = time.perf_counter()
                 step()
+                finish_work()
                 seconds["trl.GRPOTrainer"].append(middle - self.start)
                 seconds["ours"].append(time.perf_counter() - middle)
                 print({name: round(values[-1], 2) for name, values in seconds.items()}, flush=True)
 
         # fmt: off
         settings = GRPOConfig(
-            output_dir=f"{scratch}/trl", use_cpu=True, bf16=args.dtype == "bf16", report_to="none",
-            max_steps=args.rounds + 1, disable_tqdm=True, save_strategy="no", num_generations=8,
+            output_dir=f"{scratch}/trl", use_cpu=not torch.cuda.is_available(), report_to="none",
+            bf16=args.dtype == "bf16", max_steps=args.rounds + 1, disable_tqdm=True,
+            save_strategy="no", num_generations=8,
             per_device_train_batch_size=8 * args.groups, gradient_checkpointing=False,
             gradient_accumulation_steps=8 // args.groups, max_completion_length=args.new_tokens,
             generation_kwargs={"min_new_tokens": args.new_tokens}, temperature=1.0, beta=0.0,

@@ -13,6 +13,7 @@ import torch
 from bench.common import DTYPES, alternate, options, report, set_up
 from model import Transformer
 from sampler import sample, sampling_copy
+from scale import parallel
 
 
 def main() -> None:
@@ -23,11 +24,12 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     dtype, T = DTYPES[args.dtype], args.new_tokens
-    policy = Transformer.from_pretrained(args.model)
+    device = parallel.device()
+    policy = Transformer.from_pretrained(args.model, device=device)
     if args.compile:
         policy.compile_blocks()  # in float32 the policy itself is sampled from
     ours = sampling_copy(policy, dtype, compiled=args.compile)
-    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval().to(device)
     vocabulary, shape = ours.config.vocab_size, (args.rows // 8, args.prompt_tokens)
     prompts = torch.randint(3, vocabulary - 1, shape, generator=torch.Generator().manual_seed(0))
     draw = partial(sample, ours, prompts.tolist(), num_samples=8, max_rows=args.rows)
@@ -41,11 +43,11 @@ def main() -> None:
     @torch.no_grad()
     def run_theirs() -> float:
         torch.manual_seed(next(seeds))
-        rows = prompts.repeat_interleave(8, dim=0)
+        rows = prompts.repeat_interleave(8, dim=0).to(device)
         stop = {"max_new_tokens": T, "eos_token_id": sorted(stop_ids) or -1, "pad_token_id": 0}
         random = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         ids = theirs.generate(rows, attention_mask=torch.ones_like(rows), **stop, **random)
-        new = ids[:, args.prompt_tokens :]
+        new = ids[:, args.prompt_tokens :].cpu()
         ended = torch.isin(new, torch.tensor(sorted(stop_ids), dtype=torch.long)).cumsum(dim=1)
         return float(((ended == 0).sum(dim=1) + (ended > 0).any(dim=1)).sum())
 

@@ -14,9 +14,10 @@ from multiprocessing import get_context
 
 import torch
 
-from bench.common import DTYPES, alternate, options, report, set_up
+from bench.common import DTYPES, alternate, finish_work, options, report, set_up
 from model import Transformer
 from packing import Row, pack, token_logprobs
+from scale import parallel
 
 
 def random_groups(args: argparse.Namespace, vocabulary: int) -> list[list[Row]]:
@@ -32,8 +33,9 @@ def random_groups(args: argparse.Namespace, vocabulary: int) -> list[list[Row]]:
 
 def contestant(name: str, args: argparse.Namespace) -> Callable[[], float]:
     """A function that trains on all groups once and returns the number of their tokens."""
+    device = parallel.device()
     if name == "ours":
-        model, train = Transformer.from_pretrained(args.model), train_ours
+        model, train = Transformer.from_pretrained(args.model, device=device), train_ours
         model.compute_dtype = getattr(torch, DTYPES[args.dtype])
         if args.compile:
             model.compile_blocks()
@@ -41,28 +43,31 @@ def contestant(name: str, args: argparse.Namespace) -> Callable[[], float]:
         from transformers import AutoModelForCausalLM
 
         load = AutoModelForCausalLM.from_pretrained
-        model, train = load(args.model, dtype=torch.float32), train_theirs
+        model, train = load(args.model, dtype=torch.float32).to(device), train_theirs
     groups = random_groups(args, model.config.vocab_size)
 
     def run() -> float:
         for group in groups:
             train(model, group, args.dtype)
         model.zero_grad()
+        finish_work()
         return float(sum(len(row.prompt_ids) + len(row.ids) for group in groups for row in group))
 
     return run
 
 
 def train_ours(model, group: list[Row], dtype: str) -> None:
-    logp, _ = token_logprobs(model, pack([group]))
+    logp, _ = token_logprobs(model, pack([group], model.head_weight.device))
     logp.mean().backward()
 
 
 def train_theirs(model, group: list[Row], dtype: str) -> None:
     prompt, longest = group[0].prompt_ids, max(len(row.ids) for row in group)
-    ids = torch.tensor([prompt + row.ids + [0] * (longest - len(row.ids)) for row in group])
-    mask = torch.arange(longest) < torch.tensor([[len(row.ids)] for row in group])
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+    ids = [prompt + row.ids + [0] * (longest - len(row.ids)) for row in group]
+    ids = torch.tensor(ids, device=model.device)
+    lengths = torch.tensor([[len(row.ids)] for row in group], device=model.device)
+    mask = torch.arange(longest, device=model.device) < lengths
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         hidden = model.model(ids).last_hidden_state[:, len(prompt) - 1 : -1][mask]
         logits = model.lm_head(hidden)
     targets = ids[:, len(prompt) :][mask][:, None]
@@ -70,9 +75,11 @@ def train_theirs(model, group: list[Row], dtype: str) -> None:
 
 
 def peak_memory(name: str, args: argparse.Namespace) -> int:
-    """Peak resident bytes of a process of its own that runs once."""
+    """Peak resident bytes of a process of its own that runs once; on a GPU, allocated ones."""
     set_up(args)
     contestant(name, args)()
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from answers.extract import extract_boxed, extract_tagged, final_part
+from answers.latex import NotMath
 from config import UserError
 
 MAX_VALUE = 99  # of targets and intermediate results: every number up to it is one token
@@ -41,45 +41,28 @@ def split_of(numbers: tuple[int, ...]) -> str:
     return next(split for split, buckets in BUCKETS.items() if bucket in buckets)
 
 
-def random_derivation(
-    numbers: tuple[int, ...],
-    rng: np.random.Generator,
-    in_order: bool = False,
-    operators: str = OPERATORS,
-) -> tuple[str, int] | None:
-    """Combine two random numbers of the board (in_order: its first two) until one is left.
-
-    Returns (steps, value), or None when a result leaves 0..MAX_VALUE."""
-    board, steps = list(numbers), []
-    while len(board) > 1:
-        pair = [board.pop(0 if in_order else int(rng.integers(len(board)))) for _ in range(2)]
-        a, b = pair if rng.random() < 0.5 else pair[::-1]
-        operator = operators[rng.integers(len(operators))]
-        value = {"+": a + b, "-": a - b, "*": a * b}[operator]
-        if not 0 <= value <= MAX_VALUE:
-            return None
-        steps.append(f"{a} {operator} {b} = {value}")
-        board.insert(0, value)
-    return ", ".join(steps), board[0]
-
-
 def _derivations(
-    split: str,
-    seed: int,
-    num_numbers: int,
-    max_number: int,
-    in_order_share: float = 0.0,
-    operators: str = OPERATORS,
+    split: str, seed: int, num_numbers: int, max_number: int, habits: tuple = (0.0, OPERATORS)
 ) -> Iterator[tuple]:
-    """Endless random (numbers, target, steps) of a split."""
+    """Endless random (numbers, target, steps) of a split. Two random numbers of the board, or its
+    first two in a share of the derivations, are combined until one is left, all in 0..MAX_VALUE."""
+    in_order_share, operators = habits
     rng = np.random.default_rng((seed, *split.encode()))
     while True:
         numbers = tuple(int(n) for n in rng.integers(1, max_number + 1, size=num_numbers))
         if split_of(numbers) != split:
             continue
-        derivation = random_derivation(numbers, rng, rng.random() < in_order_share, operators)
-        if derivation is not None and derivation[1] > 0:
-            yield numbers, derivation[1], derivation[0]
+        in_order = rng.random() < in_order_share
+        board, steps = list(numbers), []
+        while len(board) > 1 and 0 <= board[0] <= MAX_VALUE:
+            pair = [board.pop(0 if in_order else int(rng.integers(len(board)))) for _ in range(2)]
+            a, b = pair if rng.random() < 0.5 else pair[::-1]
+            operator = operators[rng.integers(len(operators))]
+            value = {"+": a + b, "-": a - b, "*": a * b}[operator]
+            steps.append(f"{a} {operator} {b} = {value}")
+            board.insert(0, value)
+        if len(board) == 1 and 0 < board[0] <= MAX_VALUE:
+            yield numbers, board[0], ", ".join(steps)
 
 
 def generate_games(
@@ -120,7 +103,7 @@ def generate_demonstrations(
         stages = " or countdown:".join(STAGES)
         raise UserError(f"demonstrations 'countdown:{stage}': expected countdown:{stages}")
     wrong_target_share, *habits = STAGES[stage]
-    source = _derivations("demonstrations", seed, num_numbers, max_number, *habits)
+    source = _derivations("demonstrations", seed, num_numbers, max_number, habits)
     demos = [next(source) for _ in range(size)]
     rng = np.random.default_rng((seed, 1))
     wrong = np.flatnonzero(rng.random(size) < wrong_target_share)
@@ -128,17 +111,6 @@ def generate_demonstrations(
     for i, j in zip(wrong, rng.permutation(wrong), strict=True):
         swapped[i] = (demos[i][0], demos[j][1], demos[i][2])
     return swapped
-
-
-def build_tokenizer() -> Tokenizer:
-    """One token for each number 0..MAX_VALUE, sign and word of the game."""
-    words = ["<eos>", "make", "from", *":,=+-*/()", *map(str, range(MAX_VALUE + 1))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
-    )
-    return tokenizer
 
 
 # ---- the judge ----
@@ -195,7 +167,7 @@ def _judged(text: str, numbers: Sequence[int], target: int | Fraction) -> tuple[
     derivation = _Derivation(_tokens(text), numbers)
     try:
         derivation.run()
-    except _NotADerivation:
+    except NotMath:
         return "unparsable", text
     is_correct = derivation.valid and derivation.board == [target]
     return "correct" if is_correct else "wrong", text
@@ -213,15 +185,11 @@ def _tokens(text: str) -> list[str]:
     return _TOKEN.findall(text.translate(_SIGNS))
 
 
-class _NotADerivation(Exception):
-    pass
-
-
 class _Derivation:
     """Recursive descent over the tokens, which evaluates as it reads.
 
     valid turns False at a number that is not on the board, a wrongly stated value or a division by
-    zero; a syntax error raises _NotADerivation."""
+    zero; a syntax error raises NotMath."""
 
     def __init__(self, tokens: list[str], numbers: Sequence[int]):
         self.tokens = [*tokens, "", ""]
@@ -244,7 +212,7 @@ class _Derivation:
                 values.append(self.expression(takes=is_stated and len(values) == 1))
             self.valid &= len(set(values)) == 1
             if self.tokens[self.position] not in ("", ",", ";", "\n"):
-                raise _NotADerivation
+                raise NotMath
             self.board.append(values[0])
 
     def expression(self, takes: bool) -> int | Fraction:
@@ -274,23 +242,23 @@ class _Derivation:
         if token == "(":
             self.depth += 1
             if self.depth > MAX_DEPTH:
-                raise _NotADerivation
+                raise NotMath
             value = self.expression(takes)
             if self.tokens[self.position] != ")":
-                raise _NotADerivation
+                raise NotMath
             self.position += 1
             self.depth -= 1
             return value
         if token.endswith("frac"):
             if self.tokens[self.position] != "(":
-                raise _NotADerivation
+                raise NotMath
             numerator = self.factor(takes)
             return self.quotient(numerator, self.factor(takes))
-        raise _NotADerivation
+        raise NotMath
 
     def number(self, token: str, takes: bool) -> int | Fraction:
         if len(token) > MAX_DIGITS:
-            raise _NotADerivation
+            raise NotMath
         value = Fraction(token) if "." in token else int(token)
         if takes:
             try:

@@ -88,15 +88,13 @@ _ATTRIBUTE = re.compile(r"__|[\\#@`;{}]|\.\s*[^\W\d]")
 _CALL = re.compile(r"(\w+|\S)?\s*\(")  # and what stands before the parenthesis
 
 
-def is_plain(text: str) -> bool:
-    """No attribute, no call except of mathematical functions, and no way to write either."""
-    callers = [found[1] or "(" for found in _CALL.finditer(text)]
-    plain = all(_MATHS.fullmatch(c) or c in "+-*/(,[=<>^|&~%" for c in callers)
-    return plain and not _ATTRIBUTE.search(text)
-
-
 def _guard(event: str, arguments: tuple) -> None:
-    if event == "compile" and arguments[1] == "<string>" and not is_plain(_judged):
+    """Allow no attribute, no call except of mathematical functions, and no way to write either."""
+    if event != "compile" or arguments[1] != "<string>":
+        return
+    callers = [found[1] or "(" for found in _CALL.finditer(_judged)]
+    plain = all(_MATHS.fullmatch(c) or c in "+-*/(,[=<>^|&~%" for c in callers)
+    if not plain or _ATTRIBUTE.search(_judged):
         raise PermissionError("the scorer would evaluate an answer that is not plain arithmetic")
 
 

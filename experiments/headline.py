@@ -55,9 +55,9 @@ def command(overrides: list[str], seed: int, *more: str) -> list[str]:
 
 
 def at_steps(result: dict, policy: str, steps: int = STEPS) -> dict:
-    """The arm's last evaluation at the given RL steps (of 16 rounds of 19: 304)."""
-    found = [e for e in result["evaluations"] if e["policy"] == policy and e["rl_steps"] >= steps]
-    return found[0]
+    """The first evaluation of the policy at the given RL steps or later (16 rounds of 19: 304)."""
+    found = (e for e in result["evaluations"] if e["policy"] == policy and e["rl_steps"] >= steps)
+    return next(found)
 
 
 def quality(evaluation: dict) -> float:

@@ -27,6 +27,9 @@ def documents() -> list[dict]:
         document("sft_loss", "losses", sft_loss()),
         document("token_weights", "losses", token_weights()),
         document("overlong_penalty", "losses", overlong_penalty()),
+        document("seed_of", "random", seed_of(), "exact", EXACT),
+        document("uniforms", "random", uniforms(), "float64", EXACT),
+        document("next_problems", "random", next_problems(), "exact", EXACT),
         # a flat group must get 0, and the other expected values need no absolute tolerance
         document("group_advantages", "advantages", group_advantages(), tolerance=TIGHT),
         document("step_advantages", "advantages", step_advantages(), tolerance=TIGHT),
@@ -37,9 +40,6 @@ def documents() -> list[dict]:
         document("pass_at_k", "evaluation", pass_at_k()),
         document("bootstrap_interval", "evaluation", bootstrap_interval()),
         document("evaluation", "evaluation", evaluation()),
-        document("seed_of", "random", seed_of(), "exact", EXACT),
-        document("uniforms", "random", uniforms(), "float64", EXACT),
-        document("next_problems", "random", next_problems(), "exact", EXACT),
         document("sampled_logprobs", "sampling", sampled_logprobs()),
         document("draw", "sampling", draw(), "exact", EXACT),
         document("adamw", "optimizer", adamw()),
@@ -127,6 +127,12 @@ def grpo_loss() -> list:
             "clip_counts",
             "A = 0 outside of the range counts as a token and for neither clip.",
             ratio(0.7, 0.0),
+        ),
+        (
+            "zero_advantage_below",
+            "clip_counts",
+            "The same below the range.",
+            ratio(-0.7, 0.0),
         ),
         (
             "weight_zero",
@@ -375,7 +381,7 @@ def dynamic_sampling() -> list:
     mixed, flat = [1.0, 0.0], [0.0, 0.0]
     start = {"num_problems": 5, "seed": 7, "iteration": 0, "step": 1, "drawn": 0}
     start |= {"problems_per_step": 2}
-    return [
+    cases = [
         (
             "none_flat",
             "refill_without_need",
@@ -421,7 +427,22 @@ def dynamic_sampling() -> list:
             "Equal fractions are flat; 0.5 and 0.25 are not.",
             start | {"max_rounds": 1, "rewards": [[0.5, 0.5], [0.5, 0.25]]},
         ),
+        (
+            "penalty",
+            "flat_after_penalty",
+            "Equal rewards, unequal lengths in the buffer: flat, since the penalty does not count.",
+            start
+            | {"max_rounds": 2, "rewards": [[1.0, 1.0], mixed, mixed]}
+            | {"lengths": [[8, 3], [2, 2], [8, 6]], "overlong_buffer": 4},
+        ),
     ]
+    return [(*head, unpenalized(inputs) | inputs) for *head, inputs in cases]
+
+
+def unpenalized(inputs: dict) -> dict:
+    """Lengths, and the settings of no over-long penalty, for the inputs of dynamic_sampling."""
+    lengths = [[3] * len(group) for group in inputs["rewards"]]
+    return {"lengths": lengths, "max_new_tokens": 8, "overlong_buffer": 0}
 
 
 def rl_learning_rates() -> list:
@@ -505,6 +526,18 @@ def select_experts() -> list:
             "A response that begins as another one does is not equal to it.",
             of(*[("p", 1, [1]), ("p", 1, [1, 2]), ("p", 0, [3]), ("p", 0, [4])]),
         ),
+        (
+            "later_duplicate",
+            "duplicates_order",
+            "A response that comes again keeps the place of its first occurrence.",
+            of(*[("p", 1, [1]), ("p", 1, [2]), ("p", 1, [1]), ("p", 0, [3])], rate=0.9),
+        ),
+        (
+            "digits_joined",
+            "ids_as_text",
+            "The ids 1, 23 and 12, 3 are different responses.",
+            of(*[("p", 1, [1, 23]), ("p", 1, [12, 3]), ("p", 0, [4]), ("p", 0, [5])]),
+        ),
         ("cap_of_one", "cap_takes_last", "A cap of 1 keeps the first.", of(*successes(5), cap=1)),
         ("cap_evenly", "cap_takes_first", "3 of 7: places 0, 3, 6.", of(*successes(7), cap=3)),
         (
@@ -530,6 +563,12 @@ def select_experts() -> list:
             "experts_sorted",
             "Problems in the order of their first trajectory, right or wrong.",
             of(*[("q", 0, [1]), ("p", 1, [2]), ("p", 0, [3]), ("q", 1, [4])]),
+        ),
+        (
+            "problems_as_numbers",
+            "experts_sorted",
+            "The same where problems are numbers, which some languages sort as keys.",
+            of(*[(12, 1, [1]), (12, 0, [2]), (3, 1, [3]), (3, 0, [4])]),
         ),
         (
             "partial_reward",
@@ -628,6 +667,12 @@ def bootstrap_interval() -> list:
             "Equal values: the interval is one point.",
             {"values": [0.5, 0.5, 0.5], "resamples": [[0, 1, 2], [0, 0, 0], [2, 2, 1]]},
         ),
+        (
+            "large_values",
+            "sorted_as_text",
+            "Means of more than one digit, and below 0, sorted as numbers.",
+            {"values": [10.0, -9.0, 2.0, 100.0, -30.0], "resamples": resamples[:10]},
+        ),
     ]
 
 
@@ -680,7 +725,8 @@ def seed_of() -> list:
         ("large", [4294967296, 3, 700, 2], "A seed of more than 32 bits takes two words."),
         ("usual", [42, 3, 75, 0], "An ordinary step."),
     ]
-    return [(id_, "seed_of_step_left_out", about, {"path": path}) for id_, path, about in rows]
+    flags = "seed_of_step_left_out seed_of_32_bits"
+    return [(id_, flags, about, {"path": path}) for id_, path, about in rows]
 
 
 def uniforms() -> list:
@@ -727,6 +773,12 @@ def sampled_logprobs() -> list:
     return [
         ("plain", "logits_not_normalized", "log-softmax.", plain),
         (
+            "large_logits",
+            "softmax_overflow",
+            "Logits whose exponentials no float holds.",
+            plain | {"logits": [[1000.0, 999.0, 998.5], [-1000.0, -1001.0, -1000.5]]},
+        ),
+        (
             "temperature",
             "temperature_left_out",
             "Logits are divided by the temperature.",
@@ -759,7 +811,7 @@ def sampled_logprobs() -> list:
         ),
         (
             "top_p",
-            "cut_not_renormalized",
+            "cut_not_renormalized top_p_empty",
             "Tokens before which less than top_p has been passed; the first always.",
             plain | {"top_p": 0.7},
         ),
@@ -830,6 +882,18 @@ def draw() -> list:
             "The point is the uniform number times the row's total: here 0.5.",
             of([-1.3862943611198906, -1.3862943611198906], 0.4, 0.6, 0.9999999999999999),
         ),
+        (
+            "one",
+            "draw_impossible draw_past_the_end",
+            "1, as float32 makes it of a number close to it, draws the last possible token.",
+            {"logprobs": [four, [*four[:3], "-inf"]], "uniforms": [1.0, 1.0]},
+        ),
+        (
+            "near_borders",
+            "draw_in_half_precision",
+            "Points 1e-5 beside the borders, which numbers of 16 bits do not tell from them.",
+            of(four, 0.24999, 0.25001, 0.49999, 0.50001, 0.74999, 0.75001),
+        ),
         ("certain", "draw_off_by_one", "One token has all.", of(["-inf", 0.0, "-inf"], 0.0, 0.99)),
         (
             "unequal",
@@ -871,7 +935,7 @@ def adamw() -> list:
         ),
         (
             "clipped",
-            "clip_by_tensor",
+            "clip_by_tensor grad_norm_clipped",
             "The norm is that of all parameters together, 13; the gradient is scaled to grad_clip. "
             "The second step shows it, the first would hide it.",
             plain | {"gradients": [large, gradient], "lrs": [0.1, 0.1]},

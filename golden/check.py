@@ -140,7 +140,8 @@ def _matches(path: str, patterns: list[str]) -> bool:
 
 
 def table(results: list[Result]) -> str:
-    """Passed, failed and skipped by stage; then the failures, and what each suggests."""
+    """Passed, failed and skipped by stage; why cases were skipped; then the failures, and what each
+    suggests."""
     counts = {outcome: Counter() for outcome in ("passed", "failed", "skipped")}
     for result in results:
         counts[result.outcome][result.stage] += 1
@@ -149,6 +150,13 @@ def table(results: list[Result]) -> str:
         numbers = [c.total() if stage == "all" else c[stage] for c in counts.values()]
         if sum(numbers):
             lines.append(f"{stage:12} " + " ".join(f"{number:8}" for number in numbers))
+    functions = Counter(
+        (result.path.split("/")[1], result.detail)
+        for result in results
+        if result.outcome == "skipped"
+    )
+    for (function, reason), number in functions.items():
+        lines.append(f"skipped: {function} ({number}): {reason}")
     failures = [result for result in results if result.outcome == "failed"]
     for result in failures[:MAX_SHOWN]:
         lines += ["", f"FAILED {result.path}: {result.detail}"]

@@ -76,11 +76,12 @@ def documents() -> list[dict]:
         document("rotate", "layers", rotate()),
         document("attention", "layers", attention()),
         document("swiglu", "layers", swiglu()),
+        document("layer_gradients", "layers", layer_gradients(), tolerance=gradients),
         document("model_forward", "model", model_forward(), tolerance=gradients),
         document("model_gradients", "model", model_gradients(), tolerance=gradients),
         document("model_training", "model", model_training(), tolerance=gradients),
         document("policy_gradient", "model", policy_gradient(), tolerance=gradients),
-        document("sample", "sampling", sample(), tolerance=gradients),
+        document("sample", "model", sample(), tolerance=gradients),
         document("iteration", "iteration", iteration(), tolerance=gradients),
     ]
 
@@ -213,6 +214,51 @@ def swiglu() -> list:
     ]
 
 
+def layer_gradients() -> list:
+    def of(layer: str, case: tuple, gradient: list) -> dict:
+        return {"layer": layer, "inputs": case[3], "gradient": gradient}
+
+    grouped, single, *_ = attention()
+    return [
+        (
+            "rms_norm",
+            "rms_norm_backward",
+            "The root depends on x, too.",
+            of("rms_norm", rms_norm()[0], numbers(9, 3, 4)),
+        ),
+        (
+            "rms_norm_eps",
+            "rms_norm_backward",
+            "Small inputs: eps counts in the backward pass as well.",
+            of("rms_norm", rms_norm()[1], [[0.01, -0.02, 0.03, 0.01], [0.0, 0.02, 0.01, -0.01]]),
+        ),
+        (
+            "rotate",
+            "rotate_backward",
+            "The gradient turns back, by the negative angle.",
+            of("rotate", rotate()[0], numbers(10, 3, 2, 4)),
+        ),
+        (
+            "attention",
+            "attention_backward",
+            "The gradient of a key head is the sum over its query heads.",
+            of("attention", grouped, numbers(11, 5, 4, 4)),
+        ),
+        (
+            "attention_single_token",
+            "attention_backward",
+            "One token's softmax is constant: q and k get 0.",
+            of("attention", single, numbers(12, 1, 4, 4)),
+        ),
+        (
+            "swiglu",
+            "swiglu_backward",
+            "x gets the gradients of both branches.",
+            of("swiglu", swiglu()[0], numbers(13, 2, 3)),
+        ),
+    ]
+
+
 # ---- the model
 
 EXAMPLES = [
@@ -239,8 +285,11 @@ def model_forward() -> list:
 
 def model_gradients() -> list:
     about = "The mean negative log-likelihood of three responses, and its gradient."
-    flags = {"llama": "stop_token_untrained prompt_trained", "qwen2": "tied_head_gradient"}
-    flags |= {"qwen3": "tied_head_gradient"}
+    flags = {
+        "llama": "backward shift_by_one stop_token_untrained prompt_trained repeated_ids",
+        "qwen2": "backward tied_head_gradient repeated_ids",
+        "qwen3": "backward tied_head_gradient repeated_ids",
+    }
     return [
         (name, flag, about, model_inputs(name) | {"examples": EXAMPLES})
         for name, flag in flags.items()
@@ -366,6 +415,12 @@ def policy_gradient() -> list:
             "The loss holds 0.3 times the KL to the reference, with the tokens' weights.",
             plain | groups("old_logps") | {"kl_coef": 0.3, "aggregation": "sequence"},
         ),
+        (
+            "cap_and_kl",
+            "kl_without_importance",
+            "Both: the KL has the weights of the policy's loss, the importance weights included.",
+            plain | groups() | {"importance_cap": 1.1, "kl_coef": 0.3},
+        ),
     ]
 
 
@@ -398,6 +453,12 @@ def sample() -> list:
             "stream_by_batch_row",
             "One process's share of the problems: their numbers begin at 4.",
             of("llama", first_prompt=4),
+        ),
+        (
+            "close_points",
+            "draw_in_half_precision",
+            "Points 2e-4 beside the borders of tokens.",
+            of("llama", first_prompt=24),
         ),
         (
             "cool",
@@ -445,22 +506,7 @@ def iteration() -> list:
         [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]],
         [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]],
     ]
-    samples = []
-    for step, groups in enumerate(responses):
-        given = given_samples("iteration", [prompts[p] for p in order[step]], groups, step, 0.3)
-        logps = iter(given)
-        samples.append(
-            [
-                {
-                    "problem": problem,
-                    "samples": [
-                        {"ids": ids, "logps": next(logps), "finished": ids[-1] == 0, "reward": r}
-                        for ids, r in zip(group, rewards_, strict=True)
-                    ],
-                }
-                for problem, group, rewards_ in zip(order[step], groups, rewards[step], strict=True)
-            ]
-        )
+    samples = sampled(prompts, order, responses, rewards)
     rl = {"steps": 2, "problems_per_step": 2, "samples_per_problem": 4, "max_sampling_rounds": 2}
     rl |= {"lr": 0.01, "warmup_steps": 0, "minibatches": 2, "clip_low": 0.2, "clip_high": 0.28}
     rl |= {"aggregation": "token", "normalize_std": True, "kl_coef": 0.0, "overlong_buffer": 0}
@@ -475,6 +521,7 @@ def iteration() -> list:
     }
     grpo = {"aggregation": "sequence", "kl_coef": 0.1, "minibatches": 2, "overlong_buffer": 2}
     grpo |= {"recompute_logprobs": True, "importance_cap": 1.2, "warmup_steps": 1}
+    uneven = {"steps": 3, "problems_per_step": 3, "samples_per_problem": 2}
     return [
         (
             "dapo",
@@ -485,7 +532,8 @@ def iteration() -> list:
         ),
         (
             "grpo",
-            "reference_moves old_logps_move rft_temperature overlong_after_advantage",
+            "reference_moves old_logps_move rft_temperature overlong_after_advantage "
+            "kl_without_importance flat_after_penalty",
             "Temperature 0.8, mean by response, KL to theta_i, over-long penalty, old log-probs "
             "by the trainer with an importance cap, warm-up, a smaller expert set.",
             dapo
@@ -495,4 +543,54 @@ def iteration() -> list:
                 "select": {"max_success_rate": 0.5, "max_per_problem": 2, "min_reward": 1.0},
             },
         ),
+        (
+            "uneven",
+            "minibatches_uneven no_usable_group",
+            "Three groups in two minibatches, the larger one first; then a step whose groups are "
+            "all flat, without an update; then a third step.",
+            dapo
+            | {
+                "samples": three_steps(prompts),
+                "rl": rl | uneven | {"max_sampling_rounds": 1},
+            },
+        ),
     ]
+
+
+def three_steps(prompts: list) -> list:
+    """Three groups of two samples in each of three steps: all usable, all flat, two usable."""
+    order = [[0, 1, 1], [0, 0, 1], [1, 0, 1]]
+    right, wrong, also_right = [4, 6, 0], [11, 2, 8, 1], [9, 0]
+    responses = [
+        [[right, wrong], [[10, 0], [3, 5, 0]], [[7, 7, 1, 0], [2, 0]]],
+        [[[4, 0], [5, 0]], [wrong, [12, 0]], [[10, 0], [10, 0]]],
+        [[[6, 1, 0], also_right], [right, [1, 0]], [[0], [8, 8, 0]]],
+    ]
+    rewards = [
+        [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]],
+        [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]],
+        [[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]],
+    ]
+    return sampled(prompts, order, responses, rewards)
+
+
+def sampled(prompts: list, order: list, responses: list, rewards: list) -> list:
+    """The samples of an iteration. order: the problems of each step's groups; responses and
+    rewards: [step][group][sample]."""
+    steps = []
+    for step, groups in enumerate(responses):
+        given = given_samples("iteration", [prompts[p] for p in order[step]], groups, step, 0.3)
+        logps = iter(given)
+        steps.append(
+            [
+                {
+                    "problem": problem,
+                    "samples": [
+                        {"ids": ids, "logps": next(logps), "finished": ids[-1] == 0, "reward": r}
+                        for ids, r in zip(group, rewards_, strict=True)
+                    ],
+                }
+                for problem, group, rewards_ in zip(order[step], groups, rewards[step], strict=True)
+            ]
+        )
+    return steps

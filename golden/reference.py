@@ -7,7 +7,6 @@ What a case needs beside pure functions (a run directory, a tokenizer's files, t
 in for here; every formula is the product's.
 """
 
-import copy
 import json
 import math
 import sys
@@ -21,6 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import hf
 import model
@@ -65,6 +65,9 @@ def plain(value):
 
 
 def tensor(values) -> Tensor:
+    """A tensor of nested lists; a tensor as it is."""
+    if isinstance(values, Tensor):
+        return values
     return torch.tensor(_numbers(values), dtype=DTYPE)
 
 
@@ -133,19 +136,31 @@ def step_advantages(groups, normalize_std, max_new_tokens, overlong_buffer):
 
 @function
 def dynamic_sampling(
-    num_problems, seed, iteration, step, drawn, problems_per_step, max_rounds, rewards
+    num_problems,
+    seed,
+    iteration,
+    step,
+    drawn,
+    problems_per_step,
+    max_rounds,
+    rewards,
+    lengths,
+    max_new_tokens,
+    overlong_buffer,
 ):
     rl = {"problems_per_step": problems_per_step, "max_sampling_rounds": max_rounds}
     rl |= {"samples_per_problem": len(rewards[0]), "minibatches": 1}
-    run = MemoryRun(run_config(rl=rl, seed=seed))
+    rl |= {"overlong_buffer": overlong_buffer}
+    run = MemoryRun(run_config(rl=rl, seed=seed, sampling={"max_new_tokens": max_new_tokens}))
     run.progress = Progress(iteration=iteration, problems_drawn=drawn)
-    waiting, rounds = [*enumerate(rewards)], []
+    waiting, rounds = [*enumerate(zip(rewards, lengths, strict=True))], []
 
     def respond(model, tokenizer, problems, cfg, seed, place, **options):
         rounds.append({"seed": str(seed), "problems": list(problems)})
         given = [waiting.pop(0) for _ in problems]
         rows = zip(problems, given, strict=True)
-        return [[trajectory(p, [n], r) for r in group] for p, (n, group) in rows], {}
+        groups = [(p, n, zip(*columns, strict=True)) for p, (n, columns) in rows]
+        return [[trajectory(p, [n] * size, r) for r, size in group] for p, n, group in groups], {}
 
     with patch.object(rloop, "respond", respond), patch.object(rloop, "sampling_copy"):
         problems = list(range(num_problems))
@@ -159,7 +174,7 @@ def rl_learning_rates(steps, lr, warmup_steps):
     run, rates = MemoryRun(run_config(rl={"lr": lr, "warmup_steps": warmup_steps})), []
     nothing = [], [], 0, {"time/rollout_s": 0.0}
 
-    def update(run, policy, optimizer, usable, reference, lr):
+    def update(run, policy, optimizer, usable, theta_i, lr):
         rates.append(lr)
         return {}
 
@@ -281,8 +296,7 @@ def adamw(parameters, gradients, lrs, weight_decay, grad_clip):
 @function
 def rms_norm(x, weight, eps):
     layer = model.RMSNorm(len(weight), eps).to(DTYPE)
-    layer.load_state_dict({"weight": tensor(weight)})
-    return layer(tensor(x))
+    return functional_call(layer, {"weight": tensor(weight)}, tensor(x))
 
 
 @function
@@ -306,8 +320,19 @@ def swiglu(x, gate, up, down):
     sizes = {"hidden_size": len(gate[0]), "intermediate_size": len(gate)}
     layer = model.MLP(SimpleNamespace(**sizes)).to(DTYPE)
     weights = {"gate_proj": gate, "up_proj": up, "down_proj": down}
-    layer.load_state_dict({f"{name}.weight": tensor(w) for name, w in weights.items()})
-    return layer(tensor(x))
+    weights = {f"{name}.weight": tensor(w) for name, w in weights.items()}
+    return functional_call(layer, weights, tensor(x))
+
+
+LEARNED = {"rms_norm": ["x", "weight"], "rotate": ["x"], "attention": ["q", "k", "v"]}
+LEARNED |= {"swiglu": ["x", "gate", "up", "down"]}
+
+
+@function
+def layer_gradients(layer, inputs, gradient):
+    leaves = {name: tensor(inputs[name]).requires_grad_() for name in LEARNED[layer]}
+    FUNCTIONS[layer](**inputs | leaves).backward(tensor(gradient))
+    return {name: leaf.grad for name, leaf in leaves.items()}
 
 
 # ---- the model
@@ -417,8 +442,7 @@ def iteration(config, weights, prompts, samples, **values):
     problems = [SimpleNamespace(id=str(p)) for p in range(len(prompts))]
     trace = Trace(prompts, samples)
     stand_ins = {name: getattr(trace, name) for name in Trace.WRAPPED}
-    stand_ins |= {"respond": trace.respond, "load_policy": lambda _: copy.deepcopy(policy)}
-    stand_ins |= {"evaluate": lambda *_: {}, "step_line": lambda *_: ""}
+    stand_ins |= {"respond": trace.respond, "evaluate": lambda *_: {}, "step_line": lambda *_: ""}
     with traced_logprobs() as trace.logps, patch.multiple(rloop, **stand_ins):
         rloop.run_rloop(run, policy, None, problems, [])
     return {"steps": trace.steps, "experts": trace.experts, "rft": trace.rft}
@@ -453,10 +477,10 @@ class Trace:
             groups.append(rows)
         return groups, {"time/rollout_s": 0.0}
 
-    def update(self, run, policy, optimizer, groups, reference, lr):
+    def update(self, run, policy, optimizer, groups, theta_i, lr):
         usable = [self.place[id(group[0].ids)][1] for group in groups]
-        self.steps.append({"lr": lr, "usable": usable, "updates": []})
-        return self.original["update"](run, policy, optimizer, groups, reference, lr)
+        self.steps.append({"lr": lr, "usable": usable, "advantages": [], "updates": []})
+        return self.original["update"](run, policy, optimizer, groups, theta_i, lr)
 
     def training_rows(self, groups, cfg):
         rows_NG = self.original["training_rows"](groups, cfg)

@@ -19,6 +19,10 @@ WITH_BOS = "{{ bos_token }}" + CHATML
 TOKENIZER = {"file": "tokenizer/tokenizer.json"}
 CONFIG = {"bos_token": "<|bos|>", "eos_token": "<|endoftext|>", "added_tokens_decoder": {}}
 FILES = {"tokenizer.json": TOKENIZER, "tokenizer_config.json": CONFIG | {"chat_template": CHATML}}
+OBJECTS = {  # special tokens as older files write them
+    key: {"__type": "AddedToken", "content": CONFIG[key], "lstrip": False, "special": True}
+    for key in ("bos_token", "eos_token")
+}
 CHAT = [{"role": "user", "content": " What is the sum of 1 and 12? "}]
 
 
@@ -126,9 +130,10 @@ def decode() -> list:
 
 def render_chat() -> list:
     def of(
-        template: str = CHATML, messages: list = CHAT, add_generation_prompt: bool = True
+        template: str = CHATML, messages: list = CHAT, add_generation_prompt: bool = True, **config
     ) -> dict:
-        files = FILES | {"tokenizer_config.json": CONFIG | {"chat_template": template}}
+        config = CONFIG | {"chat_template": template} | config
+        files = FILES | {"tokenizer_config.json": config}
         return {
             "files": files,
             "messages": messages,
@@ -147,18 +152,26 @@ def render_chat() -> list:
         ),
         ("bos", "template_variables", "The template writes BOS itself.", of(WITH_BOS)),
         (
+            "bos_object",
+            "special_token_object",
+            "BOS is an object in tokenizer_config.json, and its content in the template.",
+            of(WITH_BOS, **OBJECTS),
+        ),
+        (
             "json",
-            "template_variables",
-            "tojson escapes no HTML and no letters.",
+            "template_json",
+            "tojson escapes no HTML and no letters, and keeps the order of the keys.",
             of("{{ messages[0] | tojson }}", [{"role": "user", "content": "a < b é"}]),
         ),
     ]
 
 
 def encode_prompt() -> list:
-    question = "What is 1 + 12?"
+    asked = "What is 1 + 12?"
 
-    def of(prompt: str = "{problem}", chat: bool = False, context=(), template=CHATML) -> dict:
+    def of(
+        prompt: str = "{problem}", chat: bool = False, context=(), template=CHATML, question=asked
+    ) -> dict:
         files = FILES | {"tokenizer_config.json": CONFIG | {"chat_template": template}}
         inputs = {"files": files, "question": question, "prompt": prompt, "chat_template": chat}
         return inputs | {"context": [list(message) for message in context]}
@@ -179,6 +192,18 @@ def encode_prompt() -> list:
             "prompt_template",
             "data.prompt is the user's message.",
             of("Think. {problem}", True),
+        ),
+        (
+            "braces",
+            "prompt_formatted",
+            "Other braces of data.prompt stay as they are.",
+            of("Put it in \\boxed{}. {problem}"),
+        ),
+        (
+            "braces_of_question",
+            "prompt_formatted",
+            "So do those of the question.",
+            of("Q: {problem}", question="Is {1} in {1, {2}}?"),
         ),
         (
             "context",
@@ -208,6 +233,12 @@ def special_ids() -> list:
             "stop_ids",
             "EOS ids of generation_config.json (a list) and of config.json.",
             of(False, **generation, **{"config.json": {"eos_token_id": 266}}),
+        ),
+        (
+            "objects",
+            "special_token_object",
+            "EOS is an object in tokenizer_config.json.",
+            of(False, **{"tokenizer_config.json": FILES["tokenizer_config.json"] | OBJECTS}),
         ),
         ("wide", "unknown_ids_sampled", "Ids 268 to 271 have no token.", of(False, 272)),
         (

@@ -4,6 +4,7 @@ one. Imports nothing of the project, so the runner needs only numpy and safetens
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,14 @@ from safetensors.numpy import load_file
 FOLDER = Path(__file__).parent
 SCHEMA, VERSION = "rloop-golden", 1
 STAGES = (
-    *("losses", "advantages", "filter", "evaluation", "random", "sampling"),
+    *("losses", "random", "advantages", "filter", "evaluation", "sampling"),
     *("optimizer", "layers", "model", "text", "verdicts", "iteration"),
+)
+# the weights in the order in which a backward pass reaches them, within a layer and without one
+BACKWARD = (
+    *("lm_head", "model.norm", "mlp.down_proj", "mlp.up_proj", "mlp.gate_proj"),
+    *("post_attention_layernorm", "o_proj", "v_proj", "k_norm", "k_proj", "q_norm", "q_proj"),
+    *("input_layernorm", "embed_tokens"),
 )
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -35,8 +42,8 @@ def dump(document: dict) -> str:
 
 def resolve(value, bundles: dict | None = None):
     """The value with every {"bundle": FILE, "tensor": NAME} replaced by the tensor as lists, every
-    {"bundle": FILE, "prefix": P} by an object of all tensors whose names begin with P, and every
-    {"file": FILE} by the JSON of the file.
+    {"bundle": FILE, "prefix": P} by an object of all tensors whose names begin with P, in the order
+    of a backward pass, and every {"file": FILE} by the JSON of the file.
 
     bundles: file to tensors, by name; the files of the folder are read where it has none."""
     if isinstance(value, list):
@@ -51,8 +58,18 @@ def resolve(value, bundles: dict | None = None):
     if "tensor" in value:
         return tensors[value["tensor"]].tolist()
     prefix = value["prefix"]
-    names = [name for name in sorted(tensors) if name.startswith(prefix)]
-    return {name.removeprefix(prefix): tensors[name].tolist() for name in names}
+    names = [name.removeprefix(prefix) for name in sorted(tensors) if name.startswith(prefix)]
+    names.sort(key=_backward_place)
+    return {name: tensors[prefix + name].tolist() for name in names}
+
+
+def _backward_place(name: str) -> tuple[int, int]:
+    """Where a weight's gradient comes in a backward pass: the head first, the embedding last."""
+    place = next((n for n, part in enumerate(BACKWARD) if part in name), len(BACKWARD))
+    layer = re.search(r"layers\.(\d+)\.", name)
+    if layer is None:
+        return (0 if place < 2 else 2), place
+    return 1, place - len(BACKWARD) * int(layer[1])
 
 
 @functools.cache

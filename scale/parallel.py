@@ -8,7 +8,7 @@ all processes must call it, in the same order.
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 
 import torch
@@ -137,11 +137,11 @@ def prepare(model: Transformer, cfg: ComputeConfig) -> Transformer:
     """Make the model compute as the config says, in this order: activation checkpointing,
     torch.compile, shards.
 
-    Weights, gradients and the optimizer are float32, activations of cfg.dtype. Several processes:
-    FSDP2 of every block, and of the root with embedding, last norm and head. With cfg.replicas > 1
-    (HSDP) the model is sharded within that many groups of processes, which hold copies of it.
-    Gradients are summed, not averaged: the loss is already divided by the token count of the whole
-    step. Weights become float32 here, block by block.
+    Weights, gradients and the optimizer are float32, activations and frozen weights of cfg.dtype.
+    Several processes: FSDP2 of every block, and of the root with embedding, last norm and head.
+    With cfg.replicas > 1 (HSDP) the model is sharded within that many groups of processes, which
+    hold copies of it. Gradients are summed, not averaged: the loss is already divided by the token
+    count of the whole step. Weights change their dtype here, block by block.
     """
     for block in model.model.layers:
         block.checkpoint_activations = cfg.checkpoint_activations
@@ -150,7 +150,7 @@ def prepare(model: Transformer, cfg: ComputeConfig) -> Transformer:
     dtype, replicas = getattr(torch, cfg.dtype), cfg.replicas
     model.compute_dtype = dtype
     if not dist.is_initialized():
-        return model.to(device(), torch.float32)
+        return set_dtypes(model, dtype).to(device())
     if num_ranks() % replicas:
         raise UserError(f"compute.replicas = {replicas}: must divide the {num_ranks()} processes")
     shape, names = (num_ranks(),), ("shard",)
@@ -161,7 +161,7 @@ def prepare(model: Transformer, cfg: ComputeConfig) -> Transformer:
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for module in (*model.model.layers, model):
-        fully_shard(module.float(), mesh=mesh, mp_policy=precision)
+        fully_shard(set_dtypes(module, dtype), mesh=mesh, mp_policy=precision)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     # FSDP gathers the root's weights (the head's, too) for hidden and keeps them for logits
@@ -169,16 +169,23 @@ def prepare(model: Transformer, cfg: ComputeConfig) -> Transformer:
     return model
 
 
+def set_dtypes(module: nn.Module, frozen: torch.dtype) -> nn.Module:
+    """Give weights without gradient the dtype frozen; all others float32."""
+    for weight in module.parameters():
+        weight.data = weight.data.to(torch.float32 if weight.requires_grad else frozen)
+    return module
+
+
 def whole_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one (a collective); a plain one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """The whole weights, on the CPU of the first process; {} in the others (a collective)."""
+def full_state(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The whole tensors, float32 on the CPU of the first process; {} elsewhere (a collective)."""
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors:
         whole = whole_tensor(tensor.detach())
         if rank() == 0:  # a copy: a whole tensor may be part of a padded one
-            state[name] = whole.to("cpu", copy=isinstance(tensor, DTensor))
+            state[name] = whole.to("cpu", torch.float32, copy=isinstance(tensor, DTensor))
     return state

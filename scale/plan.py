@@ -36,21 +36,28 @@ class Setting:
         self.num_bytes = getattr(torch, cfg.compute.dtype).itemsize
         self.block = sum(weight.numel() for weight in model.model.layers[0].parameters())
         self.whole = sum(weight.numel() for weight in model.parameters())
-        self.shard = 4.0 * self.whole * cfg.compute.replicas / gpus  # of the float32 weights
+        products = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
+        self.adapters = cfg.lora.rank * sum(sum(weight.shape) for weight in products)
+        self.trained = self.adapters or self.whole
+        part = cfg.compute.replicas / gpus
+        self.shard = 4.0 * self.trained * part  # of what is float32
+        self.frozen = self.num_bytes * self.whole * part if self.adapters else 0.0
 
 
 def always(s: Setting) -> float:
-    """Shards of the weights, their gradients, AdamW's moments, theta_i and the reference model."""
-    num_copies = 1 if s.cfg.method == "eval" else 4
-    with_kl = s.cfg.rl.kl_coef > 0
-    return s.shard * (num_copies + (s.cfg.method == "rloop" or with_kl) + with_kl)
+    """Shards of the frozen weights, and of the trained ones, their gradients, AdamW's moments and
+    theta_i. The KL term's copy of the weights is there while gradients are not."""
+    num_copies = 1 if s.cfg.method == "eval" else 4 + (s.cfg.method != "sft")
+    return s.frozen + s.shard * num_copies
 
 
 def sampling(s: Setting, rows: int, prompt_tokens: int = PROMPT_TOKENS) -> float:
     """The copy of the weights, the KV cache and a step, while rows responses are decoded at once
     and their prompts are prefilled."""
     c, b = s.c, s.num_bytes
-    weights = 0 if s.gpus == 1 and b == 4 else s.whole * b
+    weights = s.whole * b
+    if s.gpus == 1 and (s.adapters or b == 4):  # the rest is the policy's own
+        weights = c.num_layers * s.block * b if s.adapters else 0
     num_slots = round_up(prompt_tokens + s.cfg.sampling.max_new_tokens)
     prompts = math.ceil(rows / s.cfg.rl.samples_per_problem)
     slots = rows * num_slots + prompts * round_up(prompt_tokens)
@@ -88,17 +95,19 @@ def gradient(s: Setting, M: float, response_tokens: float, slots: float, checkpo
     norms = 2 * M * D * (8 + b)
     mlp = M * 4 * c.intermediate_size * b
     attention = slots * ((2 * HE + 2 * KE) * b + 4 * c.num_heads) + M * HE * b
-    kept, inputs = norms + mlp + attention, M * D * b
+    adapters = 7 * M * s.cfg.lora.rank * b
+    kept, inputs = norms + mlp + attention + adapters, M * D * b
     activations = c.num_layers * (inputs if checkpoint else kept) + M * D * (8 + 2 * b)
     # on top of it while its gradient is computed, at the MLP
     at_block = 2 * M * c.intermediate_size * b + (kept - inputs if checkpoint else 0)
     # a chunk's logits, log-softmax and gradient; the head and its gradient
     head, num_logits = c.vocab_size * D, response_tokens * c.vocab_size
     at_logits = (12 if b == 4 else 14) * min(LOGITS_AT_ONCE, num_logits)
+    weights = 0
     if s.gpus > 1:  # two blocks and the root, and their gradients
         gathered = s.whole - max(0, c.num_layers - 2) * s.block
-        weights = gathered * (2 * b + 4)
-    else:
+        weights = gathered * (b if s.adapters else 2 * b + 4)
+    elif not s.adapters:
         weights = s.block * b * (1 if checkpoint else c.num_layers) if b < 4 else 0
         at_logits += head * (4 + (b if b < 4 else 0))
         at_block += head * 4 * c.tie_embeddings  # a tied head's gradient waits for the embedding's
@@ -107,16 +116,16 @@ def gradient(s: Setting, M: float, response_tokens: float, slots: float, checkpo
 
 def elsewhere(s: Setting) -> dict[str, float]:
     """Memory of the host and disk. Every process gets all trajectories of a step."""
-    cfg, weights = s.cfg, 4.0 * s.whole
+    cfg, weights = s.cfg, 4.0 * (s.whole + s.adapters)
+    num_copies = 3 + (cfg.method != "sft")  # the weights, two moments and theta_i
     response = cfg.sampling.max_new_tokens + PROMPT_TOKENS / 3  # a prompt is ids alone
     num_tokens = cfg.rl.problems_per_step * cfg.rl.samples_per_problem * response
-    loop = cfg.method == "rloop"
     return {
         "host: trajectories of a step, in every process": num_tokens * LISTED,
         "host: weights to export, in the first process": weights,
         "disk: trajectories": cfg.iterations * cfg.rl.steps * num_tokens * WRITTEN,
-        "disk: checkpoints, two and one being written": 3 * (4 if loop else 3) * weights,
-        "disk: policies": (2 * cfg.iterations if loop else 1) * weights,
+        "disk: checkpoints, two and one being written": 3 * num_copies * 4.0 * s.trained,
+        "disk: policies": (2 * cfg.iterations if cfg.method == "rloop" else 1) * weights,
     }
 
 
@@ -129,7 +138,7 @@ def main(cfg: Config, gpus: int = 1, gpu_memory_gb: float = 80) -> int:
     s, rows, tokens = Setting(cfg, gpus), cfg.compute.max_rows, cfg.compute.micro_batch_tokens
     base = always(s) + RESERVE
     sizes = {
-        f"always: {RESERVE / GIB:g} in reserve, shards in float32": base,
+        f"always: {RESERVE / GIB:g} in reserve, shards of weights and moments": base,
         f"sampling: compute.max_rows = {rows}": sampling(s, rows),
         f"training: compute.micro_batch_tokens = {tokens}": training(s, tokens),
     }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import packing
 import sampler
-from model import Linear, Transformer
+from model import KVCache, Linear, Transformer
 
 PACKED_FROM = 2**16  # elements of a weight; with fewer, packing costs more than it saves
 LONG = 1024  # response tokens from which on weights [N, K, G, H/K, W, U + W] take too much memory
@@ -25,10 +25,8 @@ LONG = 1024  # response tokens from which on weights [N, K, G, H/K, W, U + W] ta
 def swap_in() -> None:
     keep_freed_memory()
     sampler.swap_layers = pack_layers
+    sampler._decode = decode
     packing.Packed.attend = attend
-
-
-# ---- memory
 
 
 def keep_freed_memory() -> None:
@@ -37,9 +35,6 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)
         libc.mallopt(-1, -1)
-
-
-# ---- sampling: weights packed for oneDNN
 
 
 class PackedLinear(nn.Module):
@@ -60,13 +55,10 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 # torch.compile accepts oneDNN's operator with constant weights only; ours, with any weights
 if not hasattr(torch.ops.rloop, "packed_linear"):  # this file may be imported under two names
-    torch.library.define(
-        "rloop::packed_linear", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor"
-    )
-    torch.library.impl("rloop::packed_linear", "CompositeExplicitAutograd", packed_linear)
-    torch.library.register_fake(
-        "rloop::packed_linear", lambda x, packed, bias: x.new_empty(*x.shape[:-1], len(packed))
-    )
+    operator = "rloop::packed_linear"
+    torch.library.define(operator, "(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
+    torch.library.impl(operator, "CompositeExplicitAutograd", packed_linear)
+    torch.library.register_fake(operator, lambda x, w, bias: x.new_empty(*x.shape[:-1], len(w)))
 
 
 def pack_layers(copy: Transformer) -> None:
@@ -86,7 +78,35 @@ def can_pack(weight: Tensor) -> bool:
     return on_cpu and weight.dtype == torch.bfloat16 and weight.numel() >= PACKED_FROM
 
 
-# ---- training: attention in two parts
+decode_eagerly = sampler._decode
+
+
+def decode(model: Transformer, cache: KVCache, rows: list, id_R: Tensor) -> Tensor:
+    """sampler._decode; on a GPU the replay of a CUDA graph, one for each power of two of rows and
+    of slots. Rows beyond the live ones compute what nobody reads."""
+    if not id_R.is_cuda:
+        return decode_eagerly(model, cache, rows, id_R)
+    length_R = [row.prompt_length + len(row.completion.ids) for row in rows]
+    num_rows = min(2 ** (len(rows) - 1).bit_length(), len(cache.v[0]))
+    num_slots = min(2 ** (max(length_R) - 1).bit_length(), cache.v[0].shape[2])
+    graphs = vars(cache).setdefault("graphs", {})
+    graph, ids_R1, pos_R1, logits_RV = graphs.get((num_rows, num_slots), (None,) * 4)
+    if graph is None:
+        ids_R1, pos_R1 = id_R.new_zeros(2, num_rows, 1)
+    ids_R1[: len(rows), 0] = id_R
+    pos_R1[: len(rows), 0] = torch.tensor(length_R, device=id_R.device) - 1
+    if graph is None:
+        graph = torch.cuda.CUDAGraph()
+
+        def step() -> Tensor:
+            return model.logits(model.hidden(ids_R1, pos_R1, cache.at(pos_R1, num_slots))[:, 0])
+
+        step()  # a graph must not be the first to use a kernel
+        with torch.cuda.graph(graph):
+            logits_RV = step()
+        graphs[num_rows, num_slots] = graph, ids_R1, pos_R1, logits_RV
+    graph.replay()
+    return logits_RV[: len(rows)]
 
 
 class Slots:
@@ -150,6 +170,9 @@ def attend(
     """Packed.attend in two parts: prompts see themselves; each response sees its prompt, which is
     computed once for the group, and itself."""
     longest = max(length for _, lengths in batch.group_sizes for length in lengths)
+    if q_MHE.is_cuda and q_MHE.dtype == torch.float32:  # its fast kernel wants as many kv heads
+        repeats = q_MHE.shape[1] // k_MKE.shape[1]
+        k_MKE, v_MKE = (x.repeat_interleave(repeats, dim=1) for x in (k_MKE, v_MKE))
     if longest > LONG or q_MHE.is_cuda:
         return attend_by_rows(batch, layer, q_MHE, k_MKE, v_MKE)
     prompts, responses, bias = layout(batch)

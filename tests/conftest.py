@@ -50,6 +50,7 @@ SMALL_RUN = [
 ]
 
 PLAIN_ATTEND, PLAIN_LAYERS = packing.Packed.attend, sampler.swap_layers
+PLAIN_DECODE = sampler._decode
 HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
@@ -65,6 +66,7 @@ def clean_state() -> Iterator[None]:
 def restore_state() -> None:
     packing.Packed.attend = PLAIN_ATTEND
     sampler.swap_layers = PLAIN_LAYERS
+    sampler._decode = PLAIN_DECODE
     parallel._stop = False
     torch.set_num_threads(1)
     for number, handler in HANDLERS.items():

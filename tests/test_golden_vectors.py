@@ -4,6 +4,7 @@ and the runner tells right from wrong."""
 import ast
 import json
 import operator
+import re
 import sys
 from fractions import Fraction
 from functools import cache
@@ -221,16 +222,22 @@ def value_of(text: str, numbers: list) -> Fraction:
 
 def is_right(response: str, numbers: list, target: int) -> bool:
     """An oracle for the forms that these cases have."""
-    text = response.rpartition("</think>")[2].rpartition("<answer>")[2].partition("</answer>")[0]
+    text = response.rpartition("</think>")[2]
+    if "<think>" in text:
+        return False
+    text = text.rpartition("<answer>")[2].partition("</answer>")[0]
     if "boxed{" in text:
-        text = text.partition("boxed{")[2].rpartition("}")[0]
+        text, closed, _ = text.rpartition("boxed{")[2].partition("}")
+        if not closed:
+            return False
     for sign, plain in ((r"\times", "*"), (r"\div", "/"), ("×", "*"), ("÷", "/")):
         text = text.replace(sign, plain)
     board = [Fraction(n) for n in numbers]
     try:
-        for step in text.strip().replace("\n", ",").split(","):
+        for step in filter(str.strip, re.split("[,;\n]", text)):
             sides = [(used := [], value_of(side, used)) for side in step.split("=")]
-            if len(sides) == 2 and len(sides[0][0]) == 1:  # 16 = 8 * 2
+            is_number = len(sides) == 2 and len(sides[0][0]) == 1
+            if is_number and sides[0][1] not in board:  # 16 = 8 * 2
                 sides.reverse()
             if len({value for _, value in sides}) > 1:
                 return False
@@ -332,6 +339,7 @@ def test_runner_survives_everything(port):
     assert {r.path.rpartition("/")[2]: (r.outcome, r.detail) for r in results} == ANSWERS
     table = check.table(results)
     assert "losses              5       10        1" in table and table.count("a: a hint") == 5
+    assert "skipped: f (1): no GPU" in table
 
 
 def test_runner_gives_up_on_a_port_that_does_not_read(monkeypatch):
@@ -373,6 +381,22 @@ def test_runner_exit_status(port, monkeypatch, capsys):
     assert check.main(["-only", "nothing", *port.command]) == 1
     assert check.main(["no such command"]) == 1
     assert "no such command" in capsys.readouterr().err
+
+
+def test_the_first_difference_is_the_cause():
+    """Fault: a wrong backward pass is reported as a wrong embedding, which every fault reaches; a
+    wrong advantage as a wrong loss."""
+    case = STORED["model_gradients"]["cases"][0]
+    names = list(resolve(case["expected"])["gradients"])
+    assert names[:3] == [
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    ]
+    assert names[-2:] == ["model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"]
+    assert len(names) == 21
+    for case in STORED["iteration"]["cases"]:
+        assert all([*step][2:] == ["advantages", "updates"] for step in case["expected"]["steps"])
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ def commands_of(page) -> list[list[str]]:
 
 def check_command(arguments: list[str]) -> None:
     """Raises AssertionError for a missing file or option, UserError for a refused config."""
+    if arguments[:2] == ["-m", "ports.trl_rloop"]:
+        arguments = ["rloop.py", *arguments[2:]]  # takes the same options
     script, rest = arguments[0], arguments[1:]
     if script == "-m":
         module = ROOT / f"{rest[0].replace('.', '/')}.py"

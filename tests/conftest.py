@@ -41,6 +41,8 @@ TINY = {
 SMALL_RUN = [
     *("--rl.steps", "3", "--iterations", "2"),
     *("--rl.problems_per_step", "4", "--rl.samples_per_problem", "8"),
+    *("--data.train", str(ROOT / "tests" / "easy_games.jsonl")),  # the base policy solves a quarter
+    *("--data.eval", str(ROOT / "tests" / "easy_heldout.jsonl")),
     *("--data.train_size", "16", "--data.eval_size", "8"),
     *("--eval.num_samples", "4", "--eval.every", "2"),
     *("--rft.epochs", "2", "--rft.batch_size", "8"),

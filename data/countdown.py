@@ -182,10 +182,7 @@ def _tokens(text: str) -> list[str]:
         for latex, sign in _COMMANDS:
             text = text.replace(latex, sign)
         text = _LATEX.sub(" ", text)
-    if not text.isascii() or not text[-1].isdigit():
-        text = text.strip("$`. \n")
-        if text.startswith("**") and text.endswith("**"):  # bold in Markdown
-            text = text[2:-2]
+    text = text.strip("$`. \n").removeprefix("**").removesuffix("**")  # bold in Markdown
     return _TOKEN.findall(text.translate(_SIGNS))
 
 

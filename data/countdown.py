@@ -120,7 +120,7 @@ def generate_demonstrations(
 # ---- the judge ----
 
 MAX_CHARS = 1000
-MAX_DEPTH = 50
+MAX_BRACKETS = 50
 MAX_DIGITS = 30
 
 _LEAD_IN = re.compile(r"^.*(?::|\banswer is\b|\bexpression is\b|<answer>)[*\s]*(?=.)")
@@ -197,9 +197,10 @@ class _Derivation:
         self.position = 0
         self.board = list(numbers)
         self.valid = True
-        self.depth = 0
 
     def run(self) -> None:
+        if self.tokens.count("(") > MAX_BRACKETS:
+            raise NotMath
         while True:
             while self.tokens[self.position] in (",", ";", "\n"):
                 self.position += 1
@@ -241,14 +242,10 @@ class _Derivation:
             self.position += 1
             return self.number("-" + self.tokens[self.position - 1], takes)
         if token == "(":
-            self.depth += 1
-            if self.depth > MAX_DEPTH:
-                raise NotMath
             value = self.expression(takes)
             if self.tokens[self.position] != ")":
                 raise NotMath
             self.position += 1
-            self.depth -= 1
             return value
         if token.endswith("frac"):
             if self.tokens[self.position] != "(":

@@ -182,7 +182,8 @@ def _tokens(text: str) -> list[str]:
         for latex, sign in _COMMANDS:
             text = text.replace(latex, sign)
         text = _LATEX.sub(" ", text)
-    text = text.strip("$`. \n").removeprefix("**").removesuffix("**")  # bold in Markdown
+    text = text.rstrip("$`. \n").lstrip("$` \n")
+    text = re.sub(r"(?s)^\*\*(.*)\*\*$", r"\1", text)  # bold in Markdown
     return _TOKEN.findall(text.translate(_SIGNS))
 
 

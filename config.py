@@ -64,9 +64,9 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     # Sources: see load_problems and load_demonstrations in data/__init__.py.
-    train: str = "countdown:train"  # training problems; for method "sft" demonstrations
-    train_size: int = key(100, at_least=0)  # number drawn by seed; 0 = the whole file (ours)
-    eval: str = "countdown:heldout"  # held-out problems
+    train: str = "countdown:train?numbers=4"  # training problems; for method "sft" demonstrations
+    train_size: int = key(400, at_least=0)  # number drawn by seed; 0 = the whole file (ours)
+    eval: str = "countdown:heldout?numbers=4"  # held-out problems
     eval_size: int = key(200, at_least=0)  # number, the same for every seed; 0 = the whole file
     reward: str = ""  # a function of one's own, "module:function"; "" = the problem's own judge
     prompt: str = "{problem}"  # template of the prompt
@@ -75,7 +75,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    max_new_tokens: int = key(16, above=0)  # tokens of a response, its stop token included
+    max_new_tokens: int = key(24, above=0)  # tokens of a response, its stop token included
     temperature: float = key(1.0, above=0)  # of exploration and of the trainer's log-probs (DAPO)
 
 
@@ -103,13 +103,13 @@ class RLConfig:
 class SelectConfig:
     min_reward: float = key(1.0, above=0, at_most=1)  # of a success: an expert, and in avg@k
     max_success_rate: float = key(0.9, above=0, at_most=1)  # of hard problems (value ours)
-    max_per_problem: int = key(100, above=0)  # expert trajectories kept per problem (ours)
+    max_per_problem: int = key(10, above=0)  # expert trajectories kept per problem (ours)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RFTConfig:
     lr: float = key(3e-4, at_least=0)  # peak learning rate, linear decay to 0 (ours)
-    epochs: int = key(12, above=0)  # passes over the experts (ours)
+    epochs: int = key(6, above=0)  # passes over the experts (ours)
     batch_size: int = key(64, above=0)  # trajectories in an optimizer step (ours)
     warmup_steps: int = key(0, at_least=0)  # linear warm-up, optimizer steps (ours)
 

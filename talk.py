@@ -1,4 +1,4 @@
-"""Talk to a policy: python rloop.py --sample runs/x/policies/theta_4 "make 24 from 3 5 9:"
+"""Talk to a policy: python rloop.py --sample runs/x/policies/theta_4 "make 24 from 3 5 9 2:"
 
 The question is the whole prompt, in the checkpoint's chat template if there is one.
 """

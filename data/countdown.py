@@ -22,14 +22,10 @@ OPERATORS = "+-*"
 BUCKETS = {"heldout": (0, 1), "search": (2, 3), "train": (4, 5, 6), "demonstrations": (7, 8, 9)}
 MAX_MISSES = 5_000  # derivations in a row without a new game: the split is exhausted
 
-# What makes the embedded base policy like an LLM before RL (ours): it learns the skills, then a
-# habit of order; "narrow" adds a habit of addition. Share of demonstrations whose target is another
-# game's, share of derivations that combine the first two numbers first, operators to draw from.
-STAGES = {
-    "skills": (0.3, 0.0, OPERATORS),
-    "habit": (1.0, 0.9, OPERATORS),
-    "narrow": (1.0, 0.9, "++++++++-*"),
-}
+# What makes the embedded base policy like an LLM before RL (ours): it learns the skills, then
+# habits of order and of addition. Share of demonstrations whose target is another game's, share of
+# derivations that combine the first two numbers first, operators to draw from.
+STAGES = {"skills": (0.3, 0.0, OPERATORS), "habit": (1.0, 0.9, "++++++++-*")}
 
 Game = tuple[tuple[int, ...], int]  # numbers, target
 

@@ -26,8 +26,8 @@ ABLATIONS = {
     "1 iteration of 300 steps": ("", ["--iterations", "1", "--rl.steps", "300"]),
     "2 iterations of 150": ("", ["--iterations", "2", "--rl.steps", "150"]),
     "8 iterations of 38": ("", ["--iterations", "8", "--rl.steps", "38"]),
-    "RFT 4 epochs": ("", ["--rft.epochs", "4"]),
-    "RFT 24 epochs": ("", ["--rft.epochs", "24"]),
+    "RFT 3 epochs": ("", ["--rft.epochs", "3"]),
+    "RFT 12 epochs": ("", ["--rft.epochs", "12"]),
     "GRPO": ("", ["--rl.aggregation", "sequence", "--rl.clip_high", "0.2"]),
     "Dr.GRPO": ("", ["--rl.aggregation", "constant", "--rl.normalize_std", "false"]),
     "placebo: shuffled rewards": ("shuffled_rewards", []),
@@ -39,6 +39,8 @@ ABLATIONS = {
 }
 BEYOND = {
     "RLoop": ("", []),
+    "pure RFT, 4 rounds": ("", ["--rl.lr", "0"]),
+    "pure RFT, experts of all rounds, from theta_0": ("pooled_from_theta_0", ["--rl.lr", "0"]),
     "experts of all iterations, RFT from theta_i": ("pooled_from_theta_i", []),
     "experts of all iterations, RFT from theta_0": ("pooled_from_theta_0", []),
     "theta_{i+1} = mean of theta_i and its RFT": ("mean_of_weights", []),
@@ -52,7 +54,7 @@ ARMS = {"ablations": ABLATIONS, "beyond": BEYOND}
 
 def command(variant: str, overrides: list[str], seed: int) -> list[str]:
     program = ["-m", "experiments.variants", variant] if variant else ["rloop.py"]
-    options = ["--config", "experiments/countdown.toml", "--seed", str(seed)]
+    options = ["--config", "configs/countdown.toml", "--seed", str(seed)]
     return [*program, *options, *overrides, *ENDS]
 
 

@@ -50,7 +50,7 @@ CANDIDATES = {
 
 
 def command(overrides: list[str], seed: int, *more: str) -> list[str]:
-    config = ["rloop.py", "--config", "experiments/countdown.toml"]
+    config = ["rloop.py", "--config", "configs/countdown.toml"]
     return [*config, "--seed", str(seed), *overrides, *more]
 
 

@@ -41,7 +41,7 @@ def build_bases(jobs: int) -> None:
         skills[f"map/skills-{n}"] = [*config, *options, "--data.train", source("skills", n)]
         for habit in filter(None, HABITS):
             config = ["rloop.py", "--config", "configs/countdown_base.toml", *options]
-            habits = ["--data.train", source("narrow", n), "--data.train_size", str(habit)]
+            habits = ["--data.train", source("habit", n), "--data.train_size", str(habit)]
             bases[f"map/base-{n}-{habit}"] = [*config, *habits, *starting_from(f"skills-{n}")]
     run_all("map", skills, jobs)
     run_all("map", bases, jobs)
@@ -53,7 +53,7 @@ def cell_commands() -> dict[str, list[str]]:
         for habit in HABITS:
             base = f"base-{n}-{habit}" if habit else f"skills-{n}"
             for games in GAMES:
-                options = ["--config", "experiments/countdown.toml", "--seed", SEED]
+                options = ["--config", "configs/countdown.toml", "--seed", SEED]
                 options += starting_from(base)
                 options += ["--data.train", source("train", n), "--data.train_size", str(games)]
                 options += ["--data.eval", source("heldout", n), "--eval.every", "300"]

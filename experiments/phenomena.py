@@ -81,7 +81,7 @@ def main(jobs: int) -> None:
     commands = {}
     for seed in SEEDS:
         for arm, overrides in ARMS.items():
-            options = ["--config", "experiments/countdown.toml", "--seed", str(seed), *overrides]
+            options = ["--config", "configs/countdown.toml", "--seed", str(seed), *overrides]
             commands[f"phenomena/{arm}/{seed}"] = ["rloop.py", *options]
     results = run_all("phenomena", commands, jobs)
     file = RESULTS / "phenomena_steps.json"

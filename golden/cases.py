@@ -129,6 +129,12 @@ def grpo_loss() -> list:
             ratio(0.7, 0.0),
         ),
         (
+            "zero_advantage_below",
+            "clip_counts",
+            "The same below the range.",
+            ratio(-0.7, 0.0),
+        ),
+        (
             "weight_zero",
             "padding_counts",
             "Entries of weight 0 hold anything, here ratios beyond any float: they do not count.",
@@ -520,6 +526,18 @@ def select_experts() -> list:
             "A response that begins as another one does is not equal to it.",
             of(*[("p", 1, [1]), ("p", 1, [1, 2]), ("p", 0, [3]), ("p", 0, [4])]),
         ),
+        (
+            "later_duplicate",
+            "duplicates_order",
+            "A response that comes again keeps the place of its first occurrence.",
+            of(*[("p", 1, [1]), ("p", 1, [2]), ("p", 1, [1]), ("p", 0, [3])], rate=0.9),
+        ),
+        (
+            "digits_joined",
+            "ids_as_text",
+            "The ids 1, 23 and 12, 3 are different responses.",
+            of(*[("p", 1, [1, 23]), ("p", 1, [12, 3]), ("p", 0, [4]), ("p", 0, [5])]),
+        ),
         ("cap_of_one", "cap_takes_last", "A cap of 1 keeps the first.", of(*successes(5), cap=1)),
         ("cap_evenly", "cap_takes_first", "3 of 7: places 0, 3, 6.", of(*successes(7), cap=3)),
         (
@@ -545,6 +563,12 @@ def select_experts() -> list:
             "experts_sorted",
             "Problems in the order of their first trajectory, right or wrong.",
             of(*[("q", 0, [1]), ("p", 1, [2]), ("p", 0, [3]), ("q", 1, [4])]),
+        ),
+        (
+            "problems_as_numbers",
+            "experts_sorted",
+            "The same where problems are numbers, which some languages sort as keys.",
+            of(*[(12, 1, [1]), (12, 0, [2]), (3, 1, [3]), (3, 0, [4])]),
         ),
         (
             "partial_reward",
@@ -642,6 +666,12 @@ def bootstrap_interval() -> list:
             "interval_not_95",
             "Equal values: the interval is one point.",
             {"values": [0.5, 0.5, 0.5], "resamples": [[0, 1, 2], [0, 0, 0], [2, 2, 1]]},
+        ),
+        (
+            "large_values",
+            "sorted_as_text",
+            "Means of more than one digit, and below 0, sorted as numbers.",
+            {"values": [10.0, -9.0, 2.0, 100.0, -30.0], "resamples": resamples[:10]},
         ),
     ]
 
@@ -742,6 +772,12 @@ def sampled_logprobs() -> list:
     ties = [[1.0, 2.0, 2.0, 2.0, 0.0]]
     return [
         ("plain", "logits_not_normalized", "log-softmax.", plain),
+        (
+            "large_logits",
+            "softmax_overflow",
+            "Logits whose exponentials no float holds.",
+            plain | {"logits": [[1000.0, 999.0, 998.5], [-1000.0, -1001.0, -1000.5]]},
+        ),
         (
             "temperature",
             "temperature_left_out",
@@ -851,6 +887,12 @@ def draw() -> list:
             "draw_impossible draw_past_the_end",
             "1, as float32 makes it of a number close to it, draws the last possible token.",
             {"logprobs": [four, [*four[:3], "-inf"]], "uniforms": [1.0, 1.0]},
+        ),
+        (
+            "near_borders",
+            "draw_in_half_precision",
+            "Points 1e-5 beside the borders, which numbers of 16 bits do not tell from them.",
+            of(four, 0.24999, 0.25001, 0.49999, 0.50001, 0.74999, 0.75001),
         ),
         ("certain", "draw_off_by_one", "One token has all.", of(["-inf", 0.0, "-inf"], 0.0, 0.99)),
         (

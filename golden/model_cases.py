@@ -76,6 +76,7 @@ def documents() -> list[dict]:
         document("rotate", "layers", rotate()),
         document("attention", "layers", attention()),
         document("swiglu", "layers", swiglu()),
+        document("layer_gradients", "layers", layer_gradients(), tolerance=gradients),
         document("model_forward", "model", model_forward(), tolerance=gradients),
         document("model_gradients", "model", model_gradients(), tolerance=gradients),
         document("model_training", "model", model_training(), tolerance=gradients),
@@ -210,6 +211,51 @@ def swiglu() -> list:
                 "down": numbers(8, 3, 5),
             },
         )
+    ]
+
+
+def layer_gradients() -> list:
+    def of(layer: str, case: tuple, gradient: list) -> dict:
+        return {"layer": layer, "inputs": case[3], "gradient": gradient}
+
+    grouped, single, *_ = attention()
+    return [
+        (
+            "rms_norm",
+            "rms_norm_backward",
+            "The root depends on x, too.",
+            of("rms_norm", rms_norm()[0], numbers(9, 3, 4)),
+        ),
+        (
+            "rms_norm_eps",
+            "rms_norm_backward",
+            "Small inputs: eps counts in the backward pass as well.",
+            of("rms_norm", rms_norm()[1], [[0.01, -0.02, 0.03, 0.01], [0.0, 0.02, 0.01, -0.01]]),
+        ),
+        (
+            "rotate",
+            "rotate_backward",
+            "The gradient turns back, by the negative angle.",
+            of("rotate", rotate()[0], numbers(10, 3, 2, 4)),
+        ),
+        (
+            "attention",
+            "attention_backward",
+            "The gradient of a key head is the sum over its query heads.",
+            of("attention", grouped, numbers(11, 5, 4, 4)),
+        ),
+        (
+            "attention_single_token",
+            "attention_backward",
+            "One token's softmax is constant: q and k get 0.",
+            of("attention", single, numbers(12, 1, 4, 4)),
+        ),
+        (
+            "swiglu",
+            "swiglu_backward",
+            "x gets the gradients of both branches.",
+            of("swiglu", swiglu()[0], numbers(13, 2, 3)),
+        ),
     ]
 
 
@@ -407,6 +453,12 @@ def sample() -> list:
             "stream_by_batch_row",
             "One process's share of the problems: their numbers begin at 4.",
             of("llama", first_prompt=4),
+        ),
+        (
+            "close_points",
+            "draw_in_half_precision",
+            "Points 2e-4 beside the borders of tokens.",
+            of("llama", first_prompt=24),
         ),
         (
             "cool",

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import hf
 import model
@@ -64,6 +65,9 @@ def plain(value):
 
 
 def tensor(values) -> Tensor:
+    """A tensor of nested lists; a tensor as it is."""
+    if isinstance(values, Tensor):
+        return values
     return torch.tensor(_numbers(values), dtype=DTYPE)
 
 
@@ -292,8 +296,7 @@ def adamw(parameters, gradients, lrs, weight_decay, grad_clip):
 @function
 def rms_norm(x, weight, eps):
     layer = model.RMSNorm(len(weight), eps).to(DTYPE)
-    layer.load_state_dict({"weight": tensor(weight)})
-    return layer(tensor(x))
+    return functional_call(layer, {"weight": tensor(weight)}, tensor(x))
 
 
 @function
@@ -317,8 +320,19 @@ def swiglu(x, gate, up, down):
     sizes = {"hidden_size": len(gate[0]), "intermediate_size": len(gate)}
     layer = model.MLP(SimpleNamespace(**sizes)).to(DTYPE)
     weights = {"gate_proj": gate, "up_proj": up, "down_proj": down}
-    layer.load_state_dict({f"{name}.weight": tensor(w) for name, w in weights.items()})
-    return layer(tensor(x))
+    weights = {f"{name}.weight": tensor(w) for name, w in weights.items()}
+    return functional_call(layer, weights, tensor(x))
+
+
+LEARNED = {"rms_norm": ["x", "weight"], "rotate": ["x"], "attention": ["q", "k", "v"]}
+LEARNED |= {"swiglu": ["x", "gate", "up", "down"]}
+
+
+@function
+def layer_gradients(layer, inputs, gradient):
+    leaves = {name: tensor(inputs[name]).requires_grad_() for name in LEARNED[layer]}
+    FUNCTIONS[layer](**inputs | leaves).backward(tensor(gradient))
+    return {name: leaf.grad for name, leaf in leaves.items()}
 
 
 # ---- the model

@@ -420,6 +420,20 @@ def run_layer(layer, **inputs):
     return result[0] if isinstance(result, tuple) else result
 
 
+def layer_gradients(layer, inputs, gradient):
+    """The backward pass of a layer: the gradients of its inputs, by name."""
+    inputs = {key: floats(v) if isinstance(v, list) else v for key, v in inputs.items()}
+    if layer == "rotate":
+        return {"x": rotate(floats(gradient), inputs["cos"], -inputs["sin"])}
+    names = {"rms_norm": ("x", "weight"), "attention": ("q", "k", "v")}
+    function = {"rms_norm": rms_norm, "attention": attention, "swiglu": swiglu}[layer]
+    _, backward = function(**inputs)
+    pairs = zip(
+        names.get(layer, ("x", "gate", "up", "down")), backward(floats(gradient)), strict=True
+    )
+    return dict(pairs)
+
+
 # Stage model
 
 
@@ -890,7 +904,7 @@ def plain(value):
     """The value as JSON has it: lists for arrays, texts for floats that are not finite."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (np.ndarray, np.generic)):
+    if hasattr(value, "tolist"):  # of numpy or jax
         return plain(value.tolist())
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
@@ -906,7 +920,7 @@ FUNCTIONS = {
         *(group_advantages, step_advantages, dynamic_sampling, rl_learning_rates),
         *(select_experts, rft_schedule, pass_at_k, bootstrap_interval, evaluation),
         *(seed_of, uniforms, next_problems, sampled_logprobs, draw, sample, adamw),
-        *(model_forward, model_gradients, model_training, policy_gradient),
+        *(layer_gradients, model_forward, model_gradients, model_training, policy_gradient),
         *(encode, decode, render_chat, encode_prompt, special_ids, verify_countdown, iteration),
     )
 }
@@ -914,9 +928,9 @@ for layer in (rms_norm, rope_frequencies, rotate, attention, swiglu):
     FUNCTIONS[layer.__name__] = functools.partial(run_layer, layer)
 
 
-def answer(request):
+def answer(request, functions):
     """The answer to a request."""
-    function = FUNCTIONS.get(request["function"])
+    function = functions.get(request["function"])
     if function is None:
         return {"skip": "no parser of mathematics"}
     try:
@@ -925,13 +939,13 @@ def answer(request):
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def main():
+def main(functions):
     """Answers one request a line until standard input is closed."""
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8")
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+        print(json.dumps(answer(json.loads(line), functions)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(FUNCTIONS)

@@ -41,6 +41,8 @@ TINY = {
 SMALL_RUN = [
     *("--rl.steps", "3", "--iterations", "2"),
     *("--rl.problems_per_step", "4", "--rl.samples_per_problem", "8"),
+    *("--data.train", str(ROOT / "tests" / "easy_games.jsonl")),  # the base policy solves a quarter
+    *("--data.eval", str(ROOT / "tests" / "easy_heldout.jsonl")),
     *("--data.train_size", "16", "--data.eval_size", "8"),
     *("--eval.num_samples", "4", "--eval.every", "2"),
     *("--rft.epochs", "2", "--rft.batch_size", "8"),
@@ -48,6 +50,7 @@ SMALL_RUN = [
 ]
 
 PLAIN_ATTEND, PLAIN_LAYERS = packing.Packed.attend, sampler.swap_layers
+PLAIN_DECODE = sampler._decode
 HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
@@ -63,6 +66,7 @@ def clean_state() -> Iterator[None]:
 def restore_state() -> None:
     packing.Packed.attend = PLAIN_ATTEND
     sampler.swap_layers = PLAIN_LAYERS
+    sampler._decode = PLAIN_DECODE
     parallel._stop = False
     torch.set_num_threads(1)
     for number, handler in HANDLERS.items():

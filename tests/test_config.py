@@ -56,7 +56,7 @@ def test_integer_for_a_float_is_fine(countdown_toml):
         (["--rl.aggregation", "tokens"], "rl.aggregation"),
         (["--rl.clip_low", "1"], "must be below 1"),
         (["--rl.minibatches", "33"], "rl.minibatches = 33: must be at most rl.problems_per_step"),
-        (["--rl.overlong_buffer", "16"], "must be below sampling.max_new_tokens"),
+        (["--rl.overlong_buffer", "24"], "must be below sampling.max_new_tokens"),
         (["--select.max_success_rate", "0"], "select.max_success_rate = 0.0: must be above 0"),
         (["--eval.top_p", "1.1"], "eval.top_p = 1.1: must be at most 1"),
         (["--sampling.temperature", "0"], "sampling.temperature"),

@@ -9,13 +9,9 @@ from conftest import ROOT, SMALL_RUN
 
 import rloop
 from config import load_config
-from experiments import ablations, common, headline, phenomena, variants
+from experiments import ablations, common, headline, language, phenomena, variants
 from experiments import map as map_of_winners
 
-EASY_GAMES = [  # the base policy solves a quarter of them
-    *("--data.train", str(ROOT / "tests" / "easy_games.jsonl")),
-    *("--data.eval", str(ROOT / "tests" / "easy_heldout.jsonl")),
-]
 FEW = ["--rl.steps", "4", "--rft.epochs", "1", "--save_every", "9", "--eval.num_samples", "1"]
 VARIANTS = [
     name
@@ -37,8 +33,8 @@ def small_variant(tmp_path, monkeypatch):
             if variant:
                 getattr(variants, variant)()
             path = str(tmp_path / name)
-            flags = [*SMALL_RUN, *EASY_GAMES, *FEW, *overrides, "--run_dir", path]
-            rloop.run_method(load_config(ROOT / "experiments" / "countdown.toml", flags))
+            flags = [*SMALL_RUN, *FEW, *overrides, "--run_dir", path]
+            rloop.run_method(load_config(ROOT / "configs" / "countdown.toml", flags))
         policies = sorted((tmp_path / name / "policies").glob("*/model.safetensors"))
         return b"".join(f.read_bytes() for f in policies), common.evaluations(tmp_path / name)
 
@@ -202,7 +198,7 @@ def fake_results(monkeypatch, tmp_path, module, solved_of) -> None:
 
 def test_ablations_report(tmp_path, monkeypatch):
     """Fault: an arm is compared with another seed's RLoop, or with itself."""
-    solved = {"RLoop": 16, "no cap": 8, "RFT 24 epochs": 32}
+    solved = {"RLoop": 16, "no cap": 8, "RFT 12 epochs": 32}
     name_of = lambda path: path.split("/")[1]  # noqa: E731
     fake_results(monkeypatch, tmp_path, ablations, lambda path: solved.get(name_of(path), 4))
     ablations.main("ablations", jobs=1)
@@ -214,6 +210,33 @@ def test_ablations_report(tmp_path, monkeypatch):
     )
     assert rows["| RLoop"] == "| RLoop | 0.450 ± 0.000 |  | 0.900 ± 0.000 |  |"
     assert len(lines) == 2 + len(ablations.ABLATIONS)
+
+
+def test_language_report():
+    """Fault: arms that differ in RL steps or in what they start from, a table that mixes up the
+    policies of a run, or one that an arm without a finished run stops."""
+    commands = {arm: language.gym_command("gcd", arm, 1) for arm in language.ARMS}
+    commands["gsm8k"] = language.gsm8k_command("rft", 0)
+    configs = {arm: load_config(ROOT / c[2], c[3:]) for arm, c in commands.items()}
+    assert {arm: cfg.iterations * cfg.rl.steps for arm, cfg in configs.items()} == {
+        "rloop": 60,
+        "rl": 60,
+        "rft": 60,
+        "gsm8k": 80,
+    }
+    assert [cfg.method for cfg in configs.values()] == ["rloop", "rl", "rloop", "rloop"]
+    assert [cfg.rl.lr for cfg in configs.values()] == [3e-6, 3e-6, 0, 0]
+    counts = {"rloop": ["0 0", "16 0", "8 4"], "rl": ["0 4", "16 0"]}
+    results = {
+        f"language/gcd/{arm}/0": {"evaluations": [{"num_correct": c} for c in found]}
+        for arm, found in counts.items()
+    }
+    assert language.table(results)[2:] == [
+        "| gcd, k = 16 | base | 1 | 0.125 | 0.500 |",
+        "| gcd, k = 16 | plain RL | 1 | 0.500 | 0.500 |",
+        "| gcd, k = 16 | RLoop, after its last RL phase | 1 | 0.500 | 0.500 |",
+        "| gcd, k = 16 | RLoop | 1 | 0.375 | 1.000 |",
+    ]
 
 
 def test_map_report(tmp_path, monkeypatch):

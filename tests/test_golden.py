@@ -21,6 +21,8 @@ OVERRIDES = [
     *("--iterations", "2", "--rl.steps", "10", "--rl.problems_per_step", "8"),
     *("--rl.samples_per_problem", "4", "--rl.max_sampling_rounds", "2", "--rl.warmup_steps", "2"),
     *("--rl.lr", "3e-4", "--rl.kl_coef", "0.01", "--rft.epochs", "1", "--rft.batch_size", "8"),
+    *("--data.train", str(ROOT / "tests" / "easy_games.jsonl")),
+    *("--data.eval", str(ROOT / "tests" / "easy_heldout.jsonl")),
     *("--data.train_size", "20", "--data.eval_size", "10", "--eval.num_samples", "4"),
     *("--eval.every", "10", "--save_every", "10"),
 ]

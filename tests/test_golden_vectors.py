@@ -5,7 +5,6 @@ import ast
 import json
 import operator
 import re
-import subprocess
 import sys
 from fractions import Fraction
 from functools import cache
@@ -13,7 +12,6 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from golden import check, flags, make, model_cases, mutants, pcg64, reference, verdict_cases
 from golden.vectors import FOLDER, bundle, differences, dump, load_documents, resolve
@@ -229,12 +227,14 @@ def is_right(response: str, numbers: list, target: int) -> bool:
         return False
     text = text.rpartition("<answer>")[2].partition("</answer>")[0]
     if "boxed{" in text:
-        text = text.rpartition("boxed{")[2].rpartition("}")[0]
+        text, closed, _ = text.rpartition("boxed{")[2].partition("}")
+        if not closed:
+            return False
     for sign, plain in ((r"\times", "*"), (r"\div", "/"), ("×", "*"), ("÷", "/")):
         text = text.replace(sign, plain)
     board = [Fraction(n) for n in numbers]
     try:
-        for step in re.split("[,;\n]", text.strip()):
+        for step in filter(str.strip, re.split("[,;\n]", text)):
             sides = [(used := [], value_of(side, used)) for side in step.split("=")]
             is_number = len(sides) == 2 and len(sides[0][0]) == 1
             if is_number and sides[0][1] not in board:  # 16 = 8 * 2
@@ -422,18 +422,3 @@ def test_the_first_difference_is_the_cause():
 def test_differences(expected, got, lines):
     """Fault: the comparison overlooks a difference, or sees one where there is none."""
     assert list(differences(expected, got, {"rel": 0.01, "abs": 0.0})) == lines
-
-
-def test_numpy_port_passes():
-    """Fault: a vector changed and the example of a port no longer passes, or it skips more than the
-    verdicts on mathematics."""
-    command = [sys.executable, "-m", "golden.check", sys.executable, "ports/numpy_port.py"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    total = next(line for line in run.stdout.splitlines() if line.startswith("all "))
-    passed, failed, skipped = total.split()[1:]
-    num_mathematics = sum(
-        len(json.loads((ROOT / "golden" / f"{name}.json").read_text())["cases"])
-        for name in ("answers_match", "verify_math")
-    )
-    assert run.returncode == 0 and int(failed) == 0 and int(passed) > 500, run.stdout
-    assert int(skipped) == num_mathematics

@@ -6,6 +6,7 @@ Only safetensors and JSON are read: a pickle can run a stranger's code.
 import math
 import os
 import shutil
+import textwrap
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ COPIED_FILES = (  # besides config and weights, what transformers and vLLM read
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
 WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors")
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights
 
 
 def load_model(
@@ -34,32 +36,32 @@ def load_model(
     """The model of a Hugging Face directory (one safetensors file, or shards with their index).
 
     dtype None: as in the file. Weights that keep their dtype stay memory-mapped; a page is copied
-    when it is written. Raises UserError naming file and tensor: unsupported architecture; missing,
-    unexpected or misshapen tensors; a missing or broken file.
+    when it is written. Raises UserError naming the place and the first tensors: unsupported
+    architecture; missing, unexpected or misshapen tensors; a missing or broken file.
     """
     path = Path(path)
     with torch.device("meta"):
         model = Transformer(read_config(path))
-    parameters = dict(model.named_parameters())
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    shapes.setdefault(HEAD, shapes[EMBEDDING])  # a tied head may be in the file all the same
-    state = {}
-    for file in _weight_files(path):
+    weight_map = read_json(path / "model.safetensors.index.json").get("weight_map")
+    names, state = set(weight_map.values()) if weight_map else {"model.safetensors"}, {}
+    for file in [path / name for name in sorted(names)]:
         try:
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: cannot be read as safetensors: {error}") from None
         for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES:
+                raise UserError(f"{file}: tensor {name!r} is {tensor.dtype}, expected {DTYPES}")
             if not name.endswith("rotary_emb.inv_freq"):
-                _check_tensor(name, tensor, shapes, file)
                 state[name] = tensor.to(device=device, dtype=dtype)
-    missing = [name for name in parameters if name not in state]
-    if missing:
-        raise UserError(f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}")
-    tied_head = state.pop(HEAD) if HEAD in state and HEAD not in parameters else None
-    if tied_head is not None and not torch.equal(tied_head, state[EMBEDDING]):
-        raise UserError(f"{path}: {HEAD!r} differs from {EMBEDDING!r}, but the two are tied")
-    model.load_state_dict(state, assign=True)
+    # a tied head may be in the file all the same
+    tied_head = state.pop(HEAD, None) if model.config.tie_embeddings else None
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:  # names what is missing, unexpected or misshapen
+        raise UserError(f"{path}: {textwrap.shorten(str(error), 500)}") from None
+    if tied_head is not None and not torch.equal(tied_head, model.model.embed_tokens.weight):
+        raise UserError(f"{path}: {HEAD!r} differs from the embedding, but the two are tied")
     model.source = path
     return model.requires_grad_(True)
 
@@ -167,27 +169,3 @@ def read_config(path: Path) -> TransformerConfig:
         )
     except KeyError as error:
         raise UserError(f"{file}: has no {error.args[0]!r}") from None
-
-
-def _check_tensor(name: str, tensor: Tensor, shapes: dict[str, torch.Size], file: Path) -> None:
-    if name not in shapes:
-        raise UserError(f"{file}: unexpected tensor {name!r} for the architecture in config.json")
-    is_float = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if tensor.shape != shapes[name] or not is_float:
-        got = f"is {tensor.dtype} and has shape {tuple(tensor.shape)}"
-        expected = f"float32, bfloat16 or float16 and {tuple(shapes[name])}"
-        raise UserError(f"{file}: tensor {name!r} {got}, expected {expected}")
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not weight_map:
-            raise UserError(f"{index}: has no 'weight_map'")
-        return [path / name for name in sorted(set(weight_map.values()))]
-    file = path / "model.safetensors"
-    unsafe = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-    if unsafe and not file.exists():
-        raise UserError(f"{unsafe[0]}: a pickle is not loaded; convert it to safetensors")
-    return [file]

@@ -313,11 +313,8 @@ def main(arguments: list[str]) -> int:
         print(text)
         out.mkdir(parents=True, exist_ok=True)
         if any(run.records["rl"] for run in runs):
-            try:
-                write_plot(groups, out / PLOT)
-                text += f"\n![learning curves]({PLOT})\n"
-            except ImportError as error:
-                print(f"no learning curves: {error}; pip install matplotlib")
+            write_plot(groups, out / PLOT)
+            text += f"\n![learning curves]({PLOT})\n"
         (out / "report.md").write_text(text, encoding="utf-8")
         run = next(run for run in runs if run.path == options.runs[0])
         if run.records["rl"] and (run.path / "trajectories").exists():

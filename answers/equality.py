@@ -391,39 +391,24 @@ class _Comparison:
             return [(None, node)]
         if kind == "rel":
             return self.inequality(node)
-        if kind == "both":  # x > 2 and x < 5
-            pieces = sum(map(self.pieces, node[1]), [])
-            pieces.sort(key=lambda piece: piece[1][1] == _MINUS)
-            ends = [(piece[1] == _MINUS, piece[2] == _INFINITY) for _, piece in pieces]
-            if ends != [(False, True), (True, False)] or pieces[0][0] != pieces[1][0]:
-                return []
-            (x, low), (_, high) = pieces
-            return [(x, ("interval", low[1], high[2], low[3], high[4]))]
         if kind in ("union", "list"):  # a part that is no region is a point
             parts = (self.pieces(p) or [(None, ("interval", p, p, True, True))] for p in node[1])
             return sum(parts, [])
         return [(None, _EVERYTHING)] if node == _REALS else []
 
     def inequality(self, node: tuple) -> list[tuple[tuple, tuple]]:
-        """x > 2, 2 < x <= 5, x != 3, 2x > 10"""
+        """x > 2, 2 < x <= 5, 2x > 10; [] for anything else"""
         parts, operators = self.solved(*node[1:])
-        if operators[0][0] == ">":  # all turned to <
+        if all(o[0] == ">" for o in operators):  # turned to <
             parts, operators = parts[::-1], tuple("<" + o[1:] for o in operators[::-1])
         i = next((i for i, part in enumerate(parts) if part[0] == "var"), None)
-        if i is None:
+        if i is None or any(o[0] != "<" for o in operators):
             return []
-        ends = list(parts[:i]) or [_MINUS], list(parts[i + 1 :]) or [_INFINITY]
-        if len(ends[0]) > 1 or len(ends[1]) > 1 or variables((*ends[0], *ends[1])):
-            return []
-        low, high = ends[0][0], ends[1][0]
-        if operators == ("!=",):
-            end = low if high == _INFINITY else high
-            below = ("interval", _MINUS, end, False, False)
-            return [(parts[i], below), (parts[i], ("interval", end, _INFINITY, False, False))]
-        if any(operator[0] != "<" for operator in operators):
+        lows, highs = list(parts[:i]) or [_MINUS], list(parts[i + 1 :]) or [_INFINITY]
+        if len(lows) > 1 or len(highs) > 1 or variables((*lows, *highs)):
             return []
         closed = [i > 0 and operators[i - 1] == "<=", operators[i:] == ("<=",)]
-        return [(parts[i], ("interval", low, high, *closed))]
+        return [(parts[i], ("interval", lows[0], highs[0], *closed))]
 
     @staticmethod
     def solved(parts: tuple, operators: tuple) -> tuple[tuple, tuple]:

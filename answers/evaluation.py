@@ -219,8 +219,6 @@ class Evaluation:
         log = SMALL.log(real(x))
         return log if base is None else log / SMALL.log(real(base))
 
-    fn_ln = fn_log
-
     def fn_abs(self, x):
         return abs(x)
 

@@ -128,7 +128,7 @@ _SYNONYMS = _pairs(
     " dots:ldots cdots:ldots lbrace:{ rbrace:} lvert:| rvert:| vert:| mid:| land:and lor:or"
     " setminus:backslash lbrack:[ rbrack:] implies:rightarrow Rightarrow:rightarrow"
     " degree:circ deg:circ overrightarrow:vec varphi:phi varepsilon:epsilon arccos:acos"
-    " arcsin:asin arctan:atan dbinom:binom tbinom:binom equiv:= bmod:pmod mod:pmod"
+    " arcsin:asin arctan:atan ln:log dbinom:binom tbinom:binom equiv:= bmod:pmod mod:pmod"
 )
 FUNCTIONS = _words(  # one without a value in evaluation.py equals itself only
     "sin cos tan cot sec csc asin acos atan arcsin arccos arctan sinh cosh tanh log ln lg exp gcd"
@@ -553,8 +553,6 @@ class _Parser:
         items = self.items(",", ";")
         if opener == "{" and self.accept("\\over"):
             items[-1:] = [("mul", (items[-1], ("inv", self.sum())))]
-        elif opener == "{" and self.accept("\\choose"):
-            items[-1:] = [("fn", "binom", (items[-1], self.sum()))]
         if not self.at(*_CLOSERS[opener]):
             raise NotMath(f"brackets do not match at {self.peek()!r}")
         self.in_bars = bars

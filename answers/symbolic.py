@@ -47,7 +47,7 @@ def _to_sympy(node: tuple):
         low, high, body = map(_to_sympy, parts)
         return sympy.Integral(body, (sympy.Symbol(variable), low, high))
     if kind == "fn":  # one of latex.FUNCTIONS
-        name = {"ln": "log", "abs": "Abs"}.get(rest[0], rest[0])
+        name = "Abs" if rest[0] == "abs" else rest[0]
         return getattr(sympy, name)(*map(_to_sympy, rest[1]))
     operations = {"inv": lambda x: 1 / x, "neg": lambda x: -x, "pow": sympy.Pow}
     return operations[kind](*map(_to_sympy, rest))

@@ -116,7 +116,7 @@ def generate_demonstrations(
 # ---- the judge ----
 
 MAX_CHARS = 1000
-MAX_DEPTH = 50
+MAX_BRACKETS = 50
 MAX_DIGITS = 30
 
 _LEAD_IN = re.compile(r"^.*(?::|\banswer is\b|\bexpression is\b|<answer>)[*\s]*(?=.)")
@@ -178,10 +178,8 @@ def _tokens(text: str) -> list[str]:
         for latex, sign in _COMMANDS:
             text = text.replace(latex, sign)
         text = _LATEX.sub(" ", text)
-    if not text.isascii() or not text[-1].isdigit():
-        text = text.strip("$`. \n")
-        if text.startswith("**") and text.endswith("**"):  # bold in Markdown
-            text = text[2:-2]
+    text = text.rstrip("$`. \n").lstrip("$` \n")
+    text = re.sub(r"(?s)^\*\*(.*)\*\*$", r"\1", text)  # bold in Markdown
     return _TOKEN.findall(text.translate(_SIGNS))
 
 
@@ -196,9 +194,10 @@ class _Derivation:
         self.position = 0
         self.board = list(numbers)
         self.valid = True
-        self.depth = 0
 
     def run(self) -> None:
+        if self.tokens.count("(") > MAX_BRACKETS:
+            raise NotMath
         while True:
             while self.tokens[self.position] in (",", ";", "\n"):
                 self.position += 1
@@ -240,14 +239,10 @@ class _Derivation:
             self.position += 1
             return self.number("-" + self.tokens[self.position - 1], takes)
         if token == "(":
-            self.depth += 1
-            if self.depth > MAX_DEPTH:
-                raise NotMath
             value = self.expression(takes)
             if self.tokens[self.position] != ")":
                 raise NotMath
             self.position += 1
-            self.depth -= 1
             return value
         if token.endswith("frac"):
             if self.tokens[self.position] != "(":

@@ -51,9 +51,7 @@ def read_records(path: str) -> Iterator[tuple[dict, str]]:
             yield record, where
     except UserError:
         raise
-    except RecursionError:
-        raise UserError(f"{where}: nested too deeply; expected fields of text or numbers") from None
-    except (OSError, ValueError, csv.Error) as error:  # of json, the encoding, csv or pyarrow
+    except (OSError, ValueError, RecursionError, csv.Error) as error:  # of any of the formats
         raise UserError(f"{where}: not valid {Path(path).suffix}: {error}") from None
     if record is None:
         raise UserError(f"data source {path}: holds no records")

@@ -299,16 +299,6 @@ def test_picture_is_written_and_shows_something(tmp_path, capsys):
             assert close[rows, columns].any(axis=0).sum() > 100, (name, i)
 
 
-def test_tables_without_matplotlib(tmp_path, capsys, monkeypatch):
-    """Would lose the table at the end of a run, or end it with an error, for want of a picture."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run = rloop_run(tmp_path / "a")
-    code, text, _ = run_report(capsys, run)
-    assert code == 0 and rows_of(text, "RFT 2") and not (run / report.PLOT).exists()
-    assert text.count("pip install matplotlib") == 1 and (run / "report.md").exists()
-
-
 def test_full_disk_is_one_line(tmp_path, capsys):
     """Would end a finished run with a traceback when the report cannot be written."""
     (tmp_path / "file").touch()

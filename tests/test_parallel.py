@@ -391,7 +391,8 @@ def test_what_a_process_receives_does_not_grow_with_their_number(tmp_path):
             problems = ("--rl.problems_per_step", str(4 * parallel.num_ranks()))
             options = ("--method", "rl", "--iterations", "1", "--rl.steps", "1")
             size = ("--data.train_size", "32", "--rl.max_sampling_rounds", "1")
-            flags = arguments(run_dir, *problems, *options, *size, "--data.eval_size", "8")
+            data = ("--data.train", load_config(COUNTDOWN).data.train, "--data.eval_size", "8")
+            flags = arguments(run_dir, *problems, *options, *size, *data)
             rloop.run_method(load_config(COUNTDOWN, flags[2:]))
         return 0
 
@@ -496,7 +497,7 @@ def test_error_of_one_process_ends_all(tmp_path, capfd):
         (rloop, "sample", 4, (1, 0)),  # the base policy's evaluation, two rounds of step 1, step 2
         (rloop, "finish_step", 3, (1, 0)),  # two in step 1
         (dcp.HuggingFaceStorageWriter, "write_data", 3, (1, 0)),  # at the start, after steps 1, 2
-        (rloop, "rft_step", 2, (2, 0)),  # one in an iteration
+        (rloop, "rft_step", 2, (2, 1)),  # two in an iteration
     ],
 )
 def test_death_of_one_process_ends_the_others_with_an_error(

@@ -7,8 +7,6 @@ token belongs to whom: positions restart behind the prompt for every response.
 Shapes: M packed tokens, Q response tokens, B rows (responses), T tokens of the longest row.
 """
 
-import dataclasses
-import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model import Transformer
+from scale import parallel
 
 LOGITS_AT_ONCE = 2**25  # elements of a chunk of logits [Q, V]; bounds memory, not the result
 
@@ -115,35 +114,34 @@ def pack(groups: list[list[Row]], device: torch.device | str = "cpu") -> Packed:
     )
 
 
-def micro_batches(
-    groups: list[list[Row]],
-    max_tokens: int,
-    rank: int = 0,
-    num_ranks: int = 1,
-    device: torch.device | str = "cpu",
-) -> Iterator[Packed]:
-    """This rank's share of the groups, in micro-batches of at most max_tokens tokens (or one row).
+def deal(groups: list[list[Row]]) -> list[list[Row]]:
+    """Deal an optimizer step out to the processes, in its order and by tokens (a collective): the
+    groups, and parts of groups, that this one trains on. groups: all of the step; those that other
+    processes have sampled are empty."""
+    sizes = parallel.total({n: sum(len(row.ids) for row in g) for n, g in enumerate(groups)})
+    num_tokens, num_ranks = sum(sizes.values()), parallel.num_ranks()
+    parcels, group_start = [{} for _ in range(num_ranks)], 0
+    for n, group in enumerate(groups):
+        start, group_start = group_start, group_start + sizes[n]
+        for row in group:
+            parcels[start * num_ranks // num_tokens].setdefault(n, []).append(row)
+            start += len(row.ids)
+    return parallel.exchange([[*parcel.values()] for parcel in parcels])
+
+
+def micro_batches(groups: list[list[Row]], max_tokens: int) -> Iterator[Packed]:
+    """This process's groups in micro-batches of at most max_tokens tokens (or one row).
 
     A group that is too large is cut, its prompt repeated. The largest parts come first, so that
-    memory runs out in the first step or never. Every micro-batch is a collective, so all ranks get
-    equally many: a rank with fewer also gets dummies of one row, whose weight is 0.
+    memory runs out in the first step or never. Every micro-batch is a collective, so all processes
+    get equally many: one with fewer also gets dummies of one row, whose weight is 0.
     """
-    num_tokens = sum(_num_tokens(group) for group in groups)
-    limit = min(max_tokens, math.ceil(num_tokens / num_ranks))
-    parts = [part for group in groups for part in _cut(group, limit)]
-    parts.sort(key=_num_tokens, reverse=True)
-    shares = [[] for _ in range(num_ranks)]
-    loads = [(0, r) for r in range(num_ranks)]
-    for part in parts:
-        load, least = heapq.heappop(loads)
-        shares[least].append(part)
-        heapq.heappush(loads, (load + _num_tokens(part), least))
-    batches = [_fill(share, max_tokens) for share in shares]
-    for batch in batches[rank]:
-        yield pack(batch, device)
-    dummy = dataclasses.replace(parts[-1][0], weight=0.0)
-    for _ in range(max(map(len, batches)) - len(batches[rank])):
-        yield pack([[dummy]], device)
+    parts = [part for group in groups for part in _cut(group, max_tokens)]
+    batches = _fill(sorted(parts, key=_num_tokens, reverse=True), max_tokens)
+    dummy = Row([0], [0], sampler_logps=[0.0], ref_logps=[0.0])
+    batches += [[[dummy]]] * (max(parallel.gather(lambda: len(batches))) - len(batches))
+    for batch in batches:
+        yield pack(batch, parallel.device())
 
 
 def _num_tokens(rows: list[Row]) -> int:

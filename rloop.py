@@ -25,7 +25,7 @@ tokenizer a data.tokenizer.Tokenizer, cfg a config.Config, problems and heldout 
 import math
 import sys
 import time
-from collections import Counter
+from collections import ChainMap, Counter, namedtuple
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ from config import Config, UserError, config_from_command_line
 from data import load_data, load_demonstrations, next_problems
 from data.tokenizer import Tokenizer
 from model import Transformer
-from packing import Packed, Row, micro_batches, token_logprobs
+from packing import Row, deal, micro_batches, token_logprobs
 from run import Run, Stopped, evaluation_line, filter_line, progress_bar, step_line
 from sampler import sample, sampling_copy
 from scale import lora, parallel, plan, speed
@@ -57,6 +57,7 @@ class Trajectory:
     problem: str  # Problem.id
     iteration: int
     step: int  # RL step of the iteration, from 1
+    round: int = 0  # of dynamic sampling, in the step
     prompt_ids: list[int]
     ids: list[int]  # response tokens, the stop token included
     logps: list[float]  # one a response token, of the distribution that was sampled from
@@ -65,6 +66,9 @@ class Trajectory:
     reason: str  # the verdict's
     reward: float  # from 0 to 1
 
+
+# what the filter needs of a trajectory; in the order of sampling when sorted
+Outcome = namedtuple("Outcome", "step round file line problem reward ids")
 
 # ---- the outer loop
 
@@ -122,11 +126,10 @@ def sample_groups(run, policy, tokenizer, problems, step):
     """Dynamic sampling (DAPO, section 3.2): sample N groups, drop the flat ones, and replace them
     by groups of the next problems, for a bounded number of rounds.
 
-    Returns the usable groups (at most N), all sampled groups (both [group][sample]), the new
-    position in the stream of problems, and the seconds it took.
+    Returns the usable groups (at most N), all sampled groups (both [group][sample]; another
+    process's are empty), the new position in the stream of problems, and the seconds it took.
     """
     cfg, iteration = run.cfg, run.progress.iteration
-    place = {"iteration": iteration, "step": step}
     options = {"num_samples": cfg.rl.samples_per_problem, "temperature": cfg.sampling.temperature}
     model = sampling_copy(policy, cfg.compute.dtype, cfg.compute.compile)
     usable, sampled, seconds, drawn = [], [], Counter(), run.progress.problems_drawn
@@ -134,11 +137,13 @@ def sample_groups(run, policy, tokenizer, problems, step):
         count = cfg.rl.problems_per_step - len(usable)
         fresh = next_problems(problems, drawn, count, cfg.seed)
         seed = seed_of(cfg.seed, iteration, step, round_)
+        place = {"iteration": iteration, "step": step, "round": round_}
         groups, spent = respond(model, tokenizer, fresh, cfg, seed, place, **options)
         drawn += count
         seconds.update(spent)
         sampled += groups
-        usable += [group for group in groups if not is_flat(group)]
+        flat = parallel.total({n: int(is_flat(group)) for n, group in enumerate(groups)})
+        usable += [group for n, group in enumerate(groups) if not flat[n]]
         if len(usable) == cfg.rl.problems_per_step:
             break
     return usable, sampled, drawn, dict(seconds)
@@ -155,46 +160,46 @@ def seed_of(*path: int) -> int:
 
 
 def respond(model, tokenizer, problems, cfg, seed, place, *, num_samples, **options):
-    """Sample responses to the problems and score them. place: iteration and step. options: of
-    sample. Returns trajectories [problem][sample] and the seconds of sampling and of verifying.
+    """Sample responses to the problems and score them. place: iteration, step, round.
+    options: of sample. Returns trajectories [problem][sample] and the seconds of both.
 
-    Every process samples for its share of the problems; then all know all trajectories.
+    Every process samples for its share of the problems; the groups of the others are empty.
     """
     share = parallel.share(len(problems))
     options |= {"max_new_tokens": cfg.sampling.max_new_tokens, "max_rows": cfg.compute.max_rows}
     options |= {"seed": seed, "first_prompt": share.start, "progress": parallel.rank() == 0}
+    groups = [[] for _ in problems]
 
-    def sample_and_verify() -> tuple[list[Trajectory], float, float]:
+    def sample_and_verify() -> tuple[float, float]:
         start = time.perf_counter()
         mine, stop_ids = problems[share], tokenizer.stop_ids
         prompts = [tokenizer.encode_prompt(p.prompt, cfg.data, p.context) for p in mine]
-        groups = sample(model, prompts, num_samples=num_samples, stop_ids=stop_ids, **options)
+        results = sample(model, prompts, num_samples=num_samples, stop_ids=stop_ids, **options)
         sampled = time.perf_counter()
-        completions = [completion for group in groups for completion in group]
-        owners = [n for n, group in enumerate(groups) for _ in group]
+        completions = [completion for group in results for completion in group]
+        owners = [n for n, group in enumerate(results) for _ in group]
         texts = [tokenizer.decode(completion.ids) for completion in completions]
         verdicts = verify_many([mine[n] for n in owners], texts)
-        rows = []
         for n, completion, text, verdict in zip(owners, completions, texts, verdicts, strict=True):
             source = {"problem": mine[n].id, "prompt_ids": prompts[n]} | place
             outcome = {"response": text, "reason": verdict.reason, "reward": verdict.reward}
-            rows.append(Trajectory(**source, **vars(completion), **outcome))
-        return rows, sampled - start, time.perf_counter() - sampled
+            groups[share.start + n].append(Trajectory(**source, **vars(completion), **outcome))
+        return sampled - start, time.perf_counter() - sampled
 
-    parts, rollout_s, verify_s = zip(*parallel.gather(sample_and_verify), strict=True)
-    rows = [trajectory for part in parts for trajectory in part]
-    groups = [rows[i : i + num_samples] for i in range(0, len(rows), num_samples)]
-    return groups, {"time/rollout_s": max(rollout_s), "time/verify_s": max(verify_s)}
+    rollout_s, verify_s = map(max, zip(*parallel.gather(sample_and_verify), strict=True))
+    return groups, {"time/rollout_s": rollout_s, "time/verify_s": verify_s}
 
 
 def sampling_metrics(sampled: list[list[Trajectory]]) -> dict[str, float]:
     rows = [t for group in sampled for t in group]
-    return {
-        "rl/reward_mean": float(np.mean([t.reward for t in rows])),
-        "rl/flat_share": float(np.mean([is_flat(group) for group in sampled])),
-        "rl/len_mean_tok": float(np.mean([len(t.ids) for t in rows])),
-        "rl/truncated_share": float(np.mean([not t.finished for t in rows])),
+    num_rows = parallel.total({"rows": len(rows)})["rows"]
+    shares = {
+        "rl/reward_mean": float(np.sum([t.reward for t in rows])) / num_rows,
+        "rl/flat_share": sum(is_flat(group) for group in sampled) / len(sampled),
+        "rl/len_mean_tok": sum(len(t.ids) for t in rows) / num_rows,
+        "rl/truncated_share": sum(not t.finished for t in rows) / num_rows,
     }
+    return parallel.total(shares)
 
 
 # ---- the RL update
@@ -208,17 +213,18 @@ def update(run, policy, optimizer, groups, theta_i, lr) -> dict[str, float]:
     start = time.perf_counter()
     optimizer.param_groups[0]["lr"] = lr
     cfg = run.cfg
-    rows_NG = training_rows(groups, cfg)
+    rows_NG = [training_rows(group, cfg) if group else [] for group in groups]
+    splits = np.array_split(np.arange(len(groups)), min(cfg.rl.minibatches, len(groups)))
+    minibatches = [deal([rows_NG[n] for n in split]) for split in splits]
     if cfg.rl.recompute_logprobs:
-        set_logprobs(rows_NG, "old_logps", policy, cfg)
+        set_logprobs(sum(minibatches, []), "old_logps", policy, cfg)
     if cfg.rl.kl_coef > 0:
         phi = {name: weight.clone() for name, weight in policy.state_dict().items()}
         policy.load_state_dict(theta_i)
-        set_logprobs(rows_NG, "ref_logps", policy, cfg)
+        set_logprobs(sum(minibatches, []), "ref_logps", policy, cfg)
         policy.load_state_dict(phi)
     steps: list[dict[str, float]] = []
-    for split in np.array_split(np.arange(len(groups)), min(cfg.rl.minibatches, len(groups))):
-        minibatch = [rows_NG[n] for n in split]
+    for minibatch in minibatches:
         totals = accumulate_gradient(policy, minibatch, cfg)
         totals["grad_norm"] = finish_step(run, policy, optimizer, totals["loss"], minibatch)
         steps.append(totals)
@@ -238,50 +244,37 @@ def update(run, policy, optimizer, groups, theta_i, lr) -> dict[str, float]:
     return metrics | ({"rl/kl_nat": sums["kl"] / len(steps)} if cfg.rl.kl_coef > 0 else {})
 
 
-def training_rows(groups: list[list[Trajectory]], cfg: Config) -> list[list[Row]]:
-    """The groups' trajectories as rows with their advantages."""
+def training_rows(group: list[Trajectory], cfg: Config) -> list[Row]:
+    """A group's trajectories as rows with their advantages."""
     limit, buffer = cfg.sampling.max_new_tokens, cfg.rl.overlong_buffer
-    rewards = [[t.reward + overlong_penalty(len(t.ids), limit, buffer) for t in g] for g in groups]
-    adv_NG = group_advantages(torch.tensor(rewards), normalize_std=cfg.rl.normalize_std).tolist()
-    return [
-        [Row(t.prompt_ids, t.ids, t.logps, adv) for t, adv in zip(group, adv_G, strict=True)]
-        for group, adv_G in zip(groups, adv_NG, strict=True)
-    ]
-
-
-def training_batches(rows_NG: list[list[Row]], cfg: Config) -> Iterator[Packed]:
-    """This process's micro-batches of an optimizer step."""
-    limit, rank, num_ranks = cfg.compute.micro_batch_tokens, parallel.rank(), parallel.num_ranks()
-    return micro_batches(rows_NG, limit, rank, num_ranks, parallel.device())
+    reward_G = [t.reward + overlong_penalty(len(t.ids), limit, buffer) for t in group]
+    adv_1G = group_advantages(torch.tensor([reward_G]), normalize_std=cfg.rl.normalize_std)
+    pairs = zip(group, adv_1G[0].tolist(), strict=True)
+    return [Row(t.prompt_ids, t.ids, t.logps, adv) for t, adv in pairs]
 
 
 @torch.no_grad()
 def set_logprobs(rows_NG: list[list[Row]], name: str, model, cfg) -> None:
     """Set old_logps or ref_logps of the rows to the log-probs that the model gives in training."""
-    rows = [row for group in rows_NG for row in group]
-    number = {id(row): b for b, row in enumerate(rows)}
-    mine: list[tuple[int | None, list[float]]] = []
-    for batch in training_batches(rows_NG, cfg):
+    for batch in micro_batches(rows_NG, cfg.compute.micro_batch_tokens):
         logp_Q, _ = token_logprobs(model, batch, cfg.sampling.temperature)
         parts = logp_Q.split([len(row.ids) for row in batch.rows])
-        pairs = zip(batch.rows, parts, strict=True)
-        mine += [(number.get(id(row)), part.tolist()) for row, part in pairs]
-    for b, logps in [pair for part in parallel.gather(lambda: mine) for pair in part]:
-        if b is not None:  # None: a dummy of micro_batches
-            setattr(rows[b], name, logps)
+        for row, part in zip(batch.rows, parts, strict=True):
+            setattr(row, name, part.tolist())
 
 
 def accumulate_gradient(policy, rows_NG: list[list[Row]], cfg: Config) -> dict[str, float]:
     """Add the gradient of one optimizer step's loss, in micro-batches. Returns the loss (nat), the
     number of its tokens, sums over them, and the largest gap to the sampler's log-probs."""
     rows = [row for group in rows_NG for row in group]
-    lengths_B = [len(row.ids) for row in rows]
+    lengths_B = sum(parallel.gather(lambda: [len(row.ids) for row in rows]), [])
     weights_B = token_weights(lengths_B, cfg.rl.aggregation, cfg.sampling.max_new_tokens)
-    for row, weight in zip(rows, weights_B, strict=True):
-        row.weight = weight
-    names = ("loss", "kl", "entropy", "gap", "gap_max", "tokens", "clip_low", "clip_high")
-    totals = dict.fromkeys(names, 0.0)
-    for batch in training_batches(rows_NG, cfg):
+    weight_of = dict(zip(lengths_B, weights_B, strict=True))
+    for row in rows:
+        row.weight = weight_of[len(row.ids)]
+    names = ("loss", "kl", "entropy", "gap", "tokens", "clip_low", "clip_high")
+    totals, gap_max = dict.fromkeys(names, 0.0), 0.0
+    for batch in micro_batches(rows_NG, cfg.compute.micro_batch_tokens):
         logp, entropy = token_logprobs(policy, batch, cfg.sampling.temperature)
         adv = batch.per_token([row.advantage for row in batch.rows])
         weight = batch.per_token([row.weight for row in batch.rows])
@@ -298,12 +291,12 @@ def accumulate_gradient(policy, rows_NG: list[list[Row]], cfg: Config) -> dict[s
             loss = loss + cfg.rl.kl_coef * sums["kl"]
         loss.backward()
         counted = weight != 0
-        gap = (logp.detach() - sampler_logp).abs() * counted
+        gap = torch.where(counted, logp.detach() - sampler_logp, 0.0).abs()
         sums |= {"loss": loss, "entropy": (entropy * counted).sum(), "gap": gap.sum()}
         for name, value in sums.items():
             totals[name] += value.item()
-        totals["gap_max"] = max(totals["gap_max"], gap.max().item())
-    return parallel.total(totals)
+        gap_max = max(gap_max, gap.max().item())
+    return parallel.total(totals) | {"gap_max": max(parallel.gather(lambda: gap_max))}
 
 
 def new_optimizer(run, policy, resume: bool) -> torch.optim.AdamW:
@@ -320,9 +313,9 @@ def finish_step(run, policy, optimizer, loss: float, rows_NG: list[list[Row]]) -
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), run.cfg.optimizer.grad_clip)
     grad_norm = float(parallel.whole_tensor(norm))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        run.append("nonfinite_batch.jsonl", [vars(row) for group in rows_NG for row in group])
+        run.append("nonfinite_batch.jsonl", [vars(r) for g in rows_NG for r in g], own=True)
         what = f"loss {loss}, gradient norm {grad_norm}: not finite; the weights are untouched"
-        raise FloatingPointError(f"{what}, the batch is in {run.path / 'nonfinite_batch.jsonl'}")
+        raise FloatingPointError(f"{what}, the batch is in {run.path}/nonfinite_batch*.jsonl")
     optimizer.step()
     optimizer.zero_grad()
     return grad_norm
@@ -462,28 +455,30 @@ def filter_experts(run) -> list[Trajectory]:
     """Select the experts among the phase's trajectories, and record what was kept."""
     name = f"iteration_{run.progress.iteration + 1}.jsonl"
     if run.progress.rft_step > 0:  # the run was stopped in RFT: they are selected already
-        return [Trajectory(**record) for record in run.read(f"experts/{name}")]
-    attempts, successes = Counter(), Counter()  # by problem
+        return [Trajectory(**record) for record in run.lines(f"experts/{name}")]
+    files = run.shards(f"trajectories/{name}")
 
-    def trajectories() -> Iterator[Trajectory]:
-        for record in run.lines(f"trajectories/{name}"):
-            attempts[record["problem"]] += 1
-            successes[record["problem"]] += record["reward"] >= run.cfg.select.min_reward
-            yield Trajectory(**record)
+    def outcomes() -> Iterator[tuple[Outcome, Trajectory]]:
+        for file in files:
+            for line, t in enumerate(Trajectory(**record) for record in run.lines(file)):
+                ids = (hash(tuple(t.ids)),)  # of integers: the same in every process
+                yield Outcome(t.step, t.round, file, line, t.problem, t.reward, ids), t
 
-    def select() -> tuple[list[Trajectory], dict]:
-        experts = select_experts(trajectories(), **vars(run.cfg.select))
-        return experts, {
-            "phase": "filter",
-            "filter/outcome": "experts" if experts else "no_experts",
-            "filter/num_trajectories": attempts.total(),
-            "filter/num_correct": successes.total(),
-            "filter/num_solved_problems": sum(count > 0 for count in successes.values()),
-            "filter/num_hard_problems": len({t.problem for t in experts}),
-            "filter/num_experts": len(experts),
-        }
-
-    experts, record = parallel.on_main(select)
+    shards = parallel.gather(lambda: [outcome for outcome, _ in outcomes()])
+    phase = sorted(outcome for shard in shards for outcome in shard)
+    chosen = select_experts(phase, **vars(run.cfg.select))
+    wanted, correct = set(chosen), [o for o in phase if o.reward >= run.cfg.select.min_reward]
+    kept = parallel.gather(lambda: {o: t for o, t in outcomes() if o in wanted})
+    experts = [*map(ChainMap(*kept).get, chosen)]
+    record = {
+        "phase": "filter",
+        "filter/outcome": "experts" if experts else "no_experts",
+        "filter/num_trajectories": len(phase),
+        "filter/num_correct": len(correct),
+        "filter/num_solved_problems": len({o.problem for o in correct}),
+        "filter/num_hard_problems": len({o.problem for o in chosen}),
+        "filter/num_experts": len(experts),
+    }
     run.append(f"experts/{name}", [vars(t) for t in experts])
     run.commit(record, filter_line(record, run.progress.iteration))
     return experts
@@ -521,10 +516,10 @@ def rft(run, policy, examples: list[Trajectory] | list[Row]) -> None:
 
 def rft_step(run, policy, optimizer, examples: list) -> tuple[float, float]:
     """One optimizer step on the examples; returns its loss (nat a token) and gradient norm."""
-    weight = 1 / sum(len(example.ids) for example in examples)
-    rows_NG = [[Row(e.prompt_ids, e.ids, weight=weight)] for e in examples]
+    weight, share = 1 / sum(len(e.ids) for e in examples), parallel.share(len(examples))
+    rows_NG = [[Row(e.prompt_ids, e.ids, weight=weight)] for e in examples[share]]
     loss_sum = 0.0
-    for batch in training_batches(rows_NG, run.cfg):
+    for batch in micro_batches(rows_NG, run.cfg.compute.micro_batch_tokens):
         logp, _ = token_logprobs(policy, batch)
         loss = sft_loss(logp, batch.per_token([row.weight for row in batch.rows]))
         loss.backward()
@@ -556,15 +551,16 @@ def evaluate(run, policy, tokenizer, heldout, name: str) -> dict:
     seed = seed_of(cfg.seed, 0, 0, 0)  # RL steps count from 1, so no step has this seed
     options = {key: value for key, value in vars(cfg.eval).items() if key != "every"}
     groups, _ = respond(model, tokenizer, heldout, cfg, seed, place, **options)
-    counts = {p.id: sum(t.reward >= least for t in g) for p, g in zip(heldout, groups, strict=True)}
+    pairs = zip(heldout, groups, strict=True)
+    counts = parallel.total({p.id: sum(t.reward >= least for t in g) for p, g in pairs})
     ks = sorted({2**e for e in range(num_samples.bit_length())} | {num_samples})
     values = {f"avg@{num_samples}": [c / num_samples for c in counts.values()]}
     values |= {f"pass@{k}": [pass_at_k(num_samples, c, k) for c in counts.values()] for k in ks}
-    evaluations = run.read("evaluations.jsonl")
+    evaluations = [*run.lines("evaluations.jsonl")]
     earlier = {id_ for e in evaluations for id_, c in e["num_correct"].items() if c > 0}
     values["forgotten_share"] = [c == 0 and id_ in earlier for id_, c in counts.items()]
     values["union_share"] = [c > 0 or id_ in earlier for id_, c in counts.items()]
-    values["truncated_share"] = [not t.finished for group in groups for t in group]
+    values["truncated_share"] = [sampling_metrics(groups)["rl/truncated_share"]]
     record = {"phase": "eval", "policy": name}
     record |= {f"eval/{key}": float(np.mean(values_N)) for key, values_N in values.items()}
     for key in [key for key in values if "@" in key]:

@@ -3,8 +3,8 @@ docs/run_directory.md lists its files.
 
 A step counts once a checkpoint follows it: when a run continues, lines written after its last
 checkpoint are cut off, and those steps are run again. Every method that writes or reads is a
-collective (scale/parallel.py): the first process handles the files, but each process writes its own
-shards of a checkpoint's tensors.
+collective (scale/parallel.py), but for lines: the first process handles the files, but each process
+writes its own trajectories, and its own shards of a checkpoint's tensors.
 """
 
 import contextlib
@@ -141,15 +141,15 @@ class Run:
     ) -> None:
         """The one place that a step writes: its trajectories, its record in metrics.jsonl, its
         console line, and the progress it made (fields of Progress)."""
-        trajectories = [vars(trajectory) for group in trajectories for trajectory in group]
-        total = self.progress.num_trajectories + len(trajectories)
+        records = [vars(trajectory) for group in trajectories for trajectory in group]
+        total = self.progress.num_trajectories + parallel.total({"new": len(records)})["new"]
         warning = truncation_warning(record.get("rl/truncated_share", 0.0))
         if warning and not self.progress.cut_off:  # once a run; an evaluation says it each time
             line, progress = (line or "") + warning, progress | {"cut_off": True}
         self.progress = dataclasses.replace(self.progress, num_trajectories=total, **progress)
         iteration = self.progress.iteration
         if trajectories:
-            self.append(f"trajectories/iteration_{iteration + 1}.jsonl", trajectories)
+            self.append(f"trajectories/iteration_{iteration + 1}.jsonl", records, own=True)
         place = {"iteration": iteration, "rl_steps": self.rl_steps, "num_trajectories": total}
         record = record | place | {"time/total_s": round(time.perf_counter() - self._start, 3)}
         self.append("metrics.jsonl", [record])
@@ -170,8 +170,11 @@ class Run:
         if self._wandb is not None:
             self._wandb.log(values | {"step": x})
 
-    def append(self, name: str, records: list[dict]) -> None:
-        """Append records to a .jsonl file of the run directory."""
+    def append(self, name: str, records: list[dict], own: bool = False) -> None:
+        """Append the first process's records to a .jsonl file of the run directory; own: those of
+        every process, of all but the first to a file of its own, NAME.rankR.jsonl."""
+        if own and parallel.rank() > 0:
+            name = name.replace(".jsonl", f".rank{parallel.rank():05}.jsonl")
 
         def write() -> None:
             file = self.path / name
@@ -180,18 +183,20 @@ class Run:
                 with file.open("a", encoding="utf-8") as stream:
                     stream.writelines(json.dumps(record) + "\n" for record in records)
 
-        parallel.on_main(write)
+        (parallel.gather if own else parallel.on_main)(write)
+
+    def shards(self, name: str) -> list[str]:
+        """This process's share of the files that all processes have appended to as NAME."""
+        found = self.path.glob(name.replace(".jsonl", ".*jsonl"))
+        files = parallel.on_main(lambda: sorted(str(f.relative_to(self.path)) for f in found))
+        return files[parallel.rank() :: parallel.num_ranks()]
 
     def lines(self, name: str) -> Iterator[dict]:
-        """Records of a .jsonl file, one by one; none if it does not exist. No collective."""
+        """Records of a .jsonl file, one by one; none if it does not exist."""
         file = self.path / name
         if file.exists():
             with file.open(encoding="utf-8") as stream:
                 yield from map(json.loads, stream)
-
-    def read(self, name: str) -> list[dict]:
-        """All records of a .jsonl file, in every process."""
-        return parallel.on_main(lambda: list(self.lines(name)))
 
     def export(self, policy: nn.Module, name: str) -> None:
         """Write the policy with its tokenizer as the Hugging Face directory RUN/policies/NAME, and
@@ -218,8 +223,8 @@ class Run:
         now = self.progress
         if now.step == 0 or (now.step % self.cfg.eval.every and now.step < num_steps):
             return False
-        evaluations = self.read("evaluations.jsonl")
-        return not any(e["policy"] == "rl" and e["rl_steps"] == self.rl_steps for e in evaluations)
+        done = self.lines("evaluations.jsonl")
+        return not any(e["policy"] == "rl" and e["rl_steps"] == self.rl_steps for e in done)
 
     def checkpoint_if(self, due: bool, policy, optimizer, theta_i=None) -> None:
         """Write a checkpoint if one is due or a stop is requested. Raises Stopped for a stop."""

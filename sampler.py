@@ -224,7 +224,7 @@ def sampling_copy(policy: Transformer, dtype: str, compiled: bool = False) -> Tr
         return policy
     with torch.device("meta"):
         copy = Transformer(policy.config)
-    state = {name: whole_tensor(weight).to(dtype) for name, weight in policy.weights()}
+    state = {name: whole_tensor(weight.to(dtype)) for name, weight in policy.weights()}
     copy.load_state_dict(state, assign=True)
     copy.requires_grad_(False)
     copy.unknown_ids = policy.unknown_ids

@@ -23,7 +23,7 @@ import hf
 import rloop
 from config import load_config
 from model import Transformer
-from packing import Row, micro_batches, token_logprobs
+from packing import Row, pack, token_logprobs
 from run import Stopped
 from sampler import sample, sampling_copy
 from scale import parallel, plan, speed
@@ -64,7 +64,8 @@ def logprobs(model: Transformer, groups: list[list[Row]], gradient: bool = False
     """Of all response tokens, on the CPU; with the gradient of their sum left in the weights."""
     parts = {}
     with torch.set_grad_enabled(gradient):
-        for batch in micro_batches(groups, 512, device=model.head_weight.device):
+        for group in groups:
+            batch = pack([group], model.head_weight.device)
             logp, _ = token_logprobs(model, batch)
             if gradient:
                 logp.sum().backward()
@@ -205,8 +206,7 @@ def planned_memory(dtype: str) -> Figures:
 
     def train(prompt: int, samples: int, response: int) -> None:
         rows = [Row([1] * prompt, [5] * response, weight=1.0) for _ in range(samples)]
-        for batch in micro_batches([rows], 2**20, device="cuda"):
-            token_logprobs(model, batch)[0].mean().backward()
+        token_logprobs(model, pack([rows], "cuda"))[0].mean().backward()
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     train(3, 2, 2)

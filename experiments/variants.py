@@ -1,7 +1,8 @@
 """RLoop with one thing changed: python -m experiments.variants NAME --config FILE ...
 
 Every variant replaces one or two functions of rloop.py, and the rest runs as it is. They also show
-what a change of the algorithm looks like. All of them continue exactly after a stop.
+what a change of the algorithm looks like. All of them run in one process and continue exactly after
+a stop.
 """
 
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import rloop
 from data import next_problems
 from model import Transformer
-from packing import Row, token_logprobs
+from packing import Row, micro_batches, token_logprobs
 from sampler import sampling_copy
 from scale import parallel
 
@@ -163,7 +164,7 @@ def _run_pooled(from_theta_0: bool) -> None:
             rloop.explore(run, policy, tokenizer, problems, heldout, run.cfg.rl.steps, theta_i)
             rloop.filter_experts(run)
             names = [f"experts/iteration_{i + 1}.jsonl" for i in range(run.progress.iteration + 1)]
-            experts = [rloop.Trajectory(**r) for name in names for r in run.read(name)]
+            experts = [rloop.Trajectory(**r) for name in names for r in run.lines(name)]
             unique = {(t.problem, *t.ids): t for t in experts}
             fresh = run.progress.rft_step == 0
             start = rloop.load_policy(run.cfg).state_dict() if from_theta_0 and fresh else theta_i
@@ -201,10 +202,11 @@ def weight_by_problem() -> None:
     def rft_step(run, policy, optimizer, examples) -> tuple[float, float]:
         total = sum(len(e.ids) / num_experts[e.problem] for e in examples)
         rows_NG = [
-            [Row(e.prompt_ids, e.ids, weight=1 / num_experts[e.problem] / total)] for e in examples
+            [Row(e.prompt_ids, e.ids, weight=1 / num_experts[e.problem] / total)]
+            for e in examples[parallel.share(len(examples))]
         ]
         loss_sum = 0.0
-        for batch in rloop.training_batches(rows_NG, run.cfg):
+        for batch in micro_batches(rows_NG, run.cfg.compute.micro_batch_tokens):
             logp, _ = token_logprobs(policy, batch)
             loss = rloop.sft_loss(logp, batch.per_token([row.weight for row in batch.rows]))
             loss.backward()

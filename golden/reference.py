@@ -131,7 +131,7 @@ def step_advantages(groups, normalize_std, max_new_tokens, overlong_buffer):
         [trajectory(group["problem"], [1] * s["length"], s["reward"]) for s in group["samples"]]
         for group in groups
     ]
-    return [[row.advantage for row in rows] for rows in rloop.training_rows(groups, cfg)]
+    return [[row.advantage for row in rloop.training_rows(group, cfg)] for group in groups]
 
 
 @function
@@ -482,10 +482,10 @@ class Trace:
         self.steps.append({"lr": lr, "usable": usable, "advantages": [], "updates": []})
         return self.original["update"](run, policy, optimizer, groups, theta_i, lr)
 
-    def training_rows(self, groups, cfg):
-        rows_NG = self.original["training_rows"](groups, cfg)
-        self.steps[-1]["advantages"] = [[row.advantage for row in rows] for rows in rows_NG]
-        return rows_NG
+    def training_rows(self, group, cfg):
+        rows = self.original["training_rows"](group, cfg)
+        self.steps[-1]["advantages"].append([row.advantage for row in rows])
+        return rows
 
     def accumulate_gradient(self, policy, rows_NG, cfg):
         entry = {"groups": [self.place[id(rows[0].ids)][1] for rows in rows_NG]}
@@ -614,9 +614,10 @@ class MemoryRun:
     def lines(self, name: str) -> list[dict]:
         return self.files.get(name, [])
 
-    read = lines
+    def shards(self, name: str) -> list[str]:
+        return [name]
 
-    def append(self, name: str, records: list[dict]) -> None:
+    def append(self, name: str, records: list[dict], own: bool = False) -> None:
         self.files.setdefault(name, []).extend(records)
 
     def commit(self, record, line=None, trajectories=(), **progress) -> None:

@@ -7,10 +7,12 @@ all processes must call it, in the same order.
 
 import contextlib
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -116,13 +118,26 @@ def on_main(function: Callable[[], object]):
     return gather(lambda: function() if rank() == 0 else None)[0]
 
 
-def total(measures: dict[str, float]) -> dict[str, float]:
-    """Sums over the processes; of a measure named *_max, the maximum."""
-    parts = gather(lambda: measures)
-    return {
-        name: (max if name.endswith("_max") else sum)(part[name] for part in parts)
-        for name in measures
-    }
+def exchange(parcels: list[list]) -> list:
+    """What all processes have for this one, in the order of ranks; parcels[r] is for process r."""
+    if not dist.is_initialized():
+        return parcels[0]
+    sent = [torch.frombuffer(bytearray(pickle.dumps(p)), dtype=torch.uint8) for p in parcels]
+    sizes = torch.tensor([len(parcel) for parcel in sent])
+    sizes_here = torch.empty_like(sizes)
+    dist.all_to_all_single(sizes_here, sizes)
+    received = torch.empty(int(sizes_here.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(received, torch.cat(sent), sizes_here.tolist(), sizes.tolist())
+    parts = [part.numpy() for part in received.split(sizes_here.tolist())]
+    return [item for part in parts for item in pickle.loads(part)]
+
+
+def total(measures: dict) -> dict:
+    """Sums over the processes."""
+    sums = torch.from_numpy(np.array([*measures.values()]))
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return dict(zip(measures, sums.tolist(), strict=True))
 
 
 def stop_requested() -> bool:

@@ -115,13 +115,13 @@ def gradient(s: Setting, M: float, response_tokens: float, slots: float, checkpo
 
 
 def elsewhere(s: Setting) -> dict[str, float]:
-    """Memory of the host and disk. Every process gets all trajectories of a step."""
+    """Memory of the host and disk. A process holds what it has sampled, and what is dealt to it."""
     cfg, weights = s.cfg, 4.0 * (s.whole + s.adapters)
     num_copies = 3 + (cfg.method != "sft")  # the weights, two moments and theta_i
     response = cfg.sampling.max_new_tokens + PROMPT_TOKENS / 3  # a prompt is ids alone
     num_tokens = cfg.rl.problems_per_step * cfg.rl.samples_per_problem * response
     return {
-        "host: trajectories of a step, in every process": num_tokens * LISTED,
+        "host: trajectories of a step, in a process": num_tokens * LISTED * min(2, s.gpus) / s.gpus,
         "host: weights to export, in the first process": weights,
         "disk: trajectories": cfg.iterations * cfg.rl.steps * num_tokens * WRITTEN,
         "disk: checkpoints, two and one being written": 3 * num_copies * 4.0 * s.trained,

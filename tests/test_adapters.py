@@ -17,7 +17,7 @@ from config import Config, UserError, load_config
 from data import load_data
 from data.tokenizer import Tokenizer
 from model import Transformer
-from packing import Row
+from packing import Row, micro_batches
 from ports import trl_rloop, verl_prime_rl
 from rloop import Trajectory, select_experts
 from verify import Verdict, verify_many
@@ -140,7 +140,7 @@ def test_trl_fine_tuning_has_the_same_loss(trl_run):
     weight = 1 / sum(len(e.ids) for e in experts)
     rows_NG = [[Row(e.prompt_ids, e.ids, weight=weight)] for e in experts]
     loss = 0.0
-    for batch in rloop.training_batches(rows_NG, cfg):
+    for batch in micro_batches(rows_NG, cfg.compute.micro_batch_tokens):
         logp, _ = rloop.token_logprobs(policy, batch)
         loss += rloop.sft_loss(logp, batch.per_token([row.weight for row in batch.rows])).item()
     logged = seen["rft"][0][2][0]
@@ -173,7 +173,7 @@ def test_trl_gradient_differs_as_documented(aggregation, monkeypatch, tmp_path):
     usable = [group for group in groups if not rloop.is_flat(group)]
     assert 0 < len(usable) < len(groups) and len({len(t.ids) for t in rows}) > 5
     policy = Transformer.from_pretrained(BASE)
-    rows_NG = rloop.training_rows(usable, cfg)
+    rows_NG = [rloop.training_rows(group, cfg) for group in usable]
     rloop.set_logprobs(rows_NG, "old_logps", policy, cfg)
     for row in [row for group in rows_NG for row in group]:
         row.sampler_logps = row.old_logps

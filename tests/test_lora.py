@@ -127,7 +127,8 @@ def load_compute(dtype: str):
 def gradients_of_weights(model: Transformer, groups) -> dict[str, torch.Tensor]:
     """Of the loss of one RL update with respect to all weights of a plain model."""
     model = copy.deepcopy(model)
-    rloop.accumulate_gradient(model, rloop.training_rows(groups, CFG), CFG)
+    rows_NG = [rloop.training_rows(group, CFG) for group in groups]
+    rloop.accumulate_gradient(model, rows_NG, CFG)
     return {name: weight.grad for name, weight in model.named_parameters()}
 
 

@@ -127,23 +127,6 @@ def test_micro_batches_hold_every_response_once_largest_first(max_tokens):
         assert len(batches[0].ids_M) == max(len(batch.ids_M) for batch in batches)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 20])
-def test_micro_batches_of_all_processes_hold_every_response_once(num_ranks):
-    """Fault: a response trained twice or never, a dummy that is trained, or processes with
-    different numbers of collectives (which would hang)."""
-    lengths = [[1 + (5 * n + 3 * g) % 17 for g in range(4)] for n in range(5)]
-    groups = [group([1] * (3 + n), [[2] * x for x in ls]) for n, ls in enumerate(lengths)]
-    parts = [list(micro_batches(groups, 60, rank, num_ranks)) for rank in range(num_ranks)]
-    assert len({len(part) for part in parts}) == 1
-    rows = [[row for batch in part for row in batch.rows] for part in parts]
-    counted = [[row for row in part if row.weight > 0] for part in rows]
-    expected = [id(row) for rows in groups for row in rows]
-    assert sorted(id(row) for part in counted for row in part) == sorted(expected)
-    assert not {id(row) for part in rows for row in part if row.weight == 0} & set(expected)
-    tokens = [sum(len(row.ids) for row in part) for part in counted]
-    assert max(tokens) - min(tokens) <= 2 * 17
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_bfloat16_logprobs_are_as_near_to_the_samplers_as_rounding_allows(temperature):
     """Fault: training rounds elsewhere than sampling does (float32 norms, a float32 residual

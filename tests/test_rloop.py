@@ -294,11 +294,11 @@ def test_a_run_never_samples_ids_without_a_token(small_run, tmp_path):
     greedy = ("--eval.temperature", "0", "--model.path", str(tmp_path / "model"))
     run = small_run("run", *few, *greedy, "--model.random_init", "true", "--method", "rl")
     run_whole(run)
-    sampled = {id_ for t in run.read("trajectories/iteration_1.jsonl") for id_ in t["ids"]}
+    sampled = {id_ for t in run.lines("trajectories/iteration_1.jsonl") for id_ in t["ids"]}
     assert len(sampled) > 20 and max(sampled) < size and hole not in sampled
     policy = rloop.load_policy(run.cfg)
     assert policy.unknown_ids.tolist() == [hole, *range(size, 4 * size)]
-    assert [r for r in run.read("metrics.jsonl") if r["phase"] == "eval"][0][
+    assert [r for r in run.lines("metrics.jsonl") if r["phase"] == "eval"][0][
         "eval/num_samples"
     ] == 1
 
@@ -477,7 +477,7 @@ def test_non_finite_loss_stops_and_saves_the_batch(small_run, tiny, groups):
     optimizer = torch.optim.AdamW(tiny.parameters())
     with pytest.raises(FloatingPointError, match="nonfinite_batch"):
         rloop.update(run, tiny, optimizer, groups, None, lr=0.1)
-    saved = run.read("nonfinite_batch.jsonl")
+    saved = list(run.lines("nonfinite_batch.jsonl"))
     assert len(saved) == 12 and saved[6]["ids"] == groups[1][2].ids
     assert math.isnan(saved[6]["sampler_logps"][0])
     assert all(torch.equal(before[n], w) for n, w in tiny.state_dict().items())
@@ -582,9 +582,9 @@ def test_rloop_run_is_whole(small_run):
     steps = [r for r in records if r["phase"] == "rl"]
     assert [r["num_trajectories"] for r in steps] == [32 * n for n in range(1, 7)]
     for i in (1, 2):
-        trajectories = run.read(f"trajectories/iteration_{i}.jsonl")
+        trajectories = list(run.lines(f"trajectories/iteration_{i}.jsonl"))
         assert len(trajectories) == 3 * 4 * 8 and {t["step"] for t in trajectories} == {1, 2, 3}
-        assert all(t["reward"] == 1 for t in run.read(f"experts/iteration_{i}.jsonl"))
+        assert all(t["reward"] == 1 for t in run.lines(f"experts/iteration_{i}.jsonl"))
     names = {p.name for p in (run.path / "policies").iterdir()}
     assert names == {"rl_1", "theta_1", "rl_2", "theta_2"}
     assert Tokenizer(run.path / "policies" / "theta_2").stop_ids == {0}
@@ -673,7 +673,7 @@ def test_run_interrupted_in_rft_continues_exactly(small_run, monkeypatch):
     whole = run_whole(small_run("whole", *options))
     assert sum(r["phase"] == "rft" and r["iteration"] == 0 for r in whole) > 8
     names = [f"experts/iteration_{i}.jsonl" for i in (1, 2)] + ["trajectories/iteration_2.jsonl"]
-    expected = [small_run("whole", *options).read(name) for name in names]
+    expected = [list(small_run("whole", *options).lines(name)) for name in names]
     real = rloop.sft_loss
     for calls in (1, 8):  # before the first checkpoint in RFT, and behind the third
         count = itertools.count(1)
@@ -691,7 +691,7 @@ def test_run_interrupted_in_rft_continues_exactly(small_run, monkeypatch):
         again = small_run(name, *options)
         assert again.progress.rft_step == (0 if calls == 1 else 6)
         assert without_times(run_whole(again)) == without_times(whole)
-        assert [again.read(name) for name in names] == expected
+        assert [list(again.lines(name)) for name in names] == expected
 
 
 def test_nearly_all_truncated_is_said(small_run, capsys):

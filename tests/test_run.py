@@ -213,14 +213,14 @@ def test_stop_in_a_long_step_drops_it_whole(config, whole, monkeypatch, call):
     run_until_stopped(cfg)
     assert done.count("sample_groups") == call
     run = Run(cfg)
-    records = [r for r in run.read("metrics.jsonl") if r["phase"] == "rl"]
+    records = [r for r in run.lines("metrics.jsonl") if r["phase"] == "rl"]
     assert (run.progress.iteration, run.progress.step) == divmod(call - 1, 2)
     assert run.rl_steps == len(records) == call - 1
     position = 4 * len(records)  # one round of 4 problems a step
     assert run.progress.problems_drawn == position
     assert run.progress.num_trajectories == 8 * position
-    trajectories = run.read("trajectories/iteration_1.jsonl")
-    trajectories += run.read("trajectories/iteration_2.jsonl")
+    trajectories = list(run.lines("trajectories/iteration_1.jsonl"))
+    trajectories += run.lines("trajectories/iteration_2.jsonl")
     assert len(trajectories) == 8 * position
     rloop.run_method(cfg)
     assert outcome(cfg) == whole

@@ -85,6 +85,7 @@ def test_verify_countdown_accepts(response):
         ("(3+5)*2 == 16", "unparsable"),
         ("3! + 5*2", "unparsable"),
         ("1e1 + 3 + 5", "unparsable"),
+        (".3 + 5 = 8, 8 * 2 = 16.", "unparsable"),
         ("__import__('os').getcwd()", "unparsable"),
         ("<answer>lambda: 16</answer>", "unparsable"),
         ("I do not know", "unparsable"),

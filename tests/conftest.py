@@ -11,6 +11,7 @@ import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal bits are a CPU's; bench.cuda_smoke checks a GPU
 torch.set_num_threads(1)
 
 import hf  # noqa: E402

@@ -455,7 +455,7 @@ def filter_experts(run) -> list[Trajectory]:
     """Select the experts among the phase's trajectories, and record what was kept."""
     name = f"iteration_{run.progress.iteration + 1}.jsonl"
     if run.progress.rft_step > 0:  # the run was stopped in RFT: they are selected already
-        return [Trajectory(**record) for record in run.lines(f"experts/{name}")]
+        return [Trajectory(**record) for record in run.read(f"experts/{name}")]
     files = run.shards(f"trajectories/{name}")
 
     def outcomes() -> Iterator[tuple[Outcome, Trajectory]]:
@@ -556,7 +556,7 @@ def evaluate(run, policy, tokenizer, heldout, name: str) -> dict:
     ks = sorted({2**e for e in range(num_samples.bit_length())} | {num_samples})
     values = {f"avg@{num_samples}": [c / num_samples for c in counts.values()]}
     values |= {f"pass@{k}": [pass_at_k(num_samples, c, k) for c in counts.values()] for k in ks}
-    evaluations = [*run.lines("evaluations.jsonl")]
+    evaluations = run.read("evaluations.jsonl")
     earlier = {id_ for e in evaluations for id_, c in e["num_correct"].items() if c > 0}
     values["forgotten_share"] = [c == 0 and id_ in earlier for id_, c in counts.items()]
     values["union_share"] = [c > 0 or id_ in earlier for id_, c in counts.items()]

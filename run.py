@@ -198,6 +198,10 @@ class Run:
             with file.open(encoding="utf-8") as stream:
                 yield from map(json.loads, stream)
 
+    def read(self, name: str) -> list[dict]:
+        """All records of a .jsonl file, the same in every process."""
+        return parallel.on_main(lambda: list(self.lines(name)))
+
     def export(self, policy: nn.Module, name: str) -> None:
         """Write the policy with its tokenizer as the Hugging Face directory RUN/policies/NAME, and
         its adapters, if it has any, as the PEFT directory RUN/adapters/NAME."""
@@ -223,7 +227,7 @@ class Run:
         now = self.progress
         if now.step == 0 or (now.step % self.cfg.eval.every and now.step < num_steps):
             return False
-        done = self.lines("evaluations.jsonl")
+        done = self.read("evaluations.jsonl")  # processes that disagree would wait for ever
         return not any(e["policy"] == "rl" and e["rl_steps"] == self.rl_steps for e in done)
 
     def checkpoint_if(self, due: bool, policy, optimizer, theta_i=None) -> None:

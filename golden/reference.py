@@ -614,6 +614,8 @@ class MemoryRun:
     def lines(self, name: str) -> list[dict]:
         return self.files.get(name, [])
 
+    read = lines
+
     def shards(self, name: str) -> list[str]:
         return [name]
 

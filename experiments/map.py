@@ -1,24 +1,35 @@
 """Where RLoop, plain RL or pure RFT wins: strength of the base policy x length of the derivation x
-number of training games, one seed a cell.
+number of training games, one seed a cell, each arm with the settings it has in headline.py.
 
 The base policies are built first: the skills for games of 3, 4 and 5 numbers, then habits of three
 strengths on top.
 """
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from experiments import common
-from experiments.common import MEASURES, RESULTS, ROOT, RUNS, publish, run_all, scores_P
+from experiments.common import (
+    MEASURES,
+    RESULTS,
+    ROOT,
+    RUNS,
+    paired_gain,
+    publish,
+    run_all,
+    scores_P,
+)
+from experiments.headline import loop
 
 NUMBERS = (3, 4, 5)
 HABITS = (0, 2560, 10240)  # demonstrations of the habit; 0 = the skills alone
 GAMES = (100, 400, 1600)
 SEED = "20"
 ARMS = {
-    "RLoop": [[]],
-    "plain RL": [["--method", "rl", "--rl.lr", lr] for lr in ("3e-5", "1e-4")],
-    "pure RFT": [["--rl.lr", "0"]],
+    "RLoop": loop(4, "1e-4", 6, 10),
+    "plain RL": ["--method", "rl", "--rl.lr", "6e-5"],
+    "pure RFT": loop(8, "0", 6, 100),
 }
 COLORS = {"RLoop": "#b7dfb9", "plain RL": "#f5c9a8", "pure RFT": "#bcd0ec"}
 
@@ -58,52 +69,51 @@ def cell_commands() -> dict[str, list[str]]:
                 options += ["--data.train", source("train", n), "--data.train_size", str(games)]
                 options += ["--data.eval", source("heldout", n), "--eval.every", "300"]
                 options += ["--sampling.max_new_tokens", "32"]
-                for arm, settings in ARMS.items():
-                    for overrides in settings:
-                        name = f"map/{n}-{habit}-{games}/{arm} {overrides[-1:]}"
-                        commands[name] = ["rloop.py", *options, *overrides]
+                for arm, overrides in ARMS.items():
+                    commands[f"map/{n}-{habit}-{games}/{arm}"] = ["rloop.py", *options, *overrides]
     return commands
 
 
-def cell(results: dict, n: int, habit: int, games: int) -> dict[str, dict[str, float]]:
-    """Measure -> arm -> its best score, and that of the base policy."""
-    found = {}
-    for measure in MEASURES:
-        scores = {}
-        for arm, settings in ARMS.items():
-            names = [f"map/{n}-{habit}-{games}/{arm} {overrides[-1:]}" for overrides in settings]
-            ends = [results[name]["evaluations"] for name in names]
-            scores[arm] = max(scores_P(e[-1], measure).mean() for e in ends)
-            scores["base"] = scores_P(ends[0][0], measure).mean()
-        found[measure] = scores
-    return found
+def cell(results: dict, n: int, habit: int, games: int) -> dict[str, dict[str, np.ndarray]]:
+    """Measure -> arm, or "base" -> score of each held-out game."""
+    ends = {arm: results[f"map/{n}-{habit}-{games}/{arm}"]["evaluations"] for arm in ARMS}
+    chosen = {"base": ends["RLoop"][0]} | {arm: e[-1] for arm, e in ends.items()}
+    return {m: {name: scores_P(e, m) for name, e in chosen.items()} for m in MEASURES}
+
+
+def winner_of(scores: dict[str, np.ndarray]) -> tuple[str, bool]:
+    """The best arm, and whether the 95% interval (of the games) of its lead leaves out zero."""
+    first, second = sorted(ARMS, key=lambda arm: scores[arm].mean(), reverse=True)[:2]
+    return first, paired_gain(scores[first][None], scores[second][None])[1] > 0
 
 
 def main(jobs: int) -> None:
     build_bases(jobs)
     results = run_all("map", cell_commands(), jobs)
-    lines = [
-        "| numbers | base | games | " + " | ".join(f"{m}: {a}" for m in MEASURES for a in ARMS)
-    ]
-    lines[0] += " |"
-    lines.append("|---" * (3 + 2 * len(ARMS)) + "|")
+    names = [f"{measure}: {arm}" for measure in MEASURES for arm in ARMS]
+    lines = [f"| numbers | base | games | {' | '.join(names)} |"]
+    lines.append("|---:" * (3 + len(names)) + "|")
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(len(MEASURES), len(NUMBERS))
     for column, n in enumerate(NUMBERS):
+        bases = []
         for y, habit in enumerate(HABITS):
             for x, games in enumerate(GAMES):
                 scores = cell(results, n, habit, games)
-                base = scores["avg@32"]["base"]
-                values = [scores[m][a] for m in MEASURES for a in ARMS]
-                numbers = " | ".join(f"{v:.3f}" for v in values)
-                lines.append(f"| {n} | {base:.3f} | {games} | {numbers} |")
+                base = scores["avg@32"]["base"].mean()
+                values = []
                 for ax, measure in zip(axes[:, column], MEASURES, strict=True):
-                    draw_cell(ax, x, y, scores[measure])
-        bases = [cell(results, n, habit, GAMES[0])["avg@32"]["base"] for habit in HABITS]
+                    winner, clear = winner_of(scores[measure])
+                    draw_cell(ax, x, y, scores[measure], winner if clear else "")
+                    for arm in ARMS:
+                        star = "**" if clear and arm == winner else ""
+                        values.append(f"{star}{scores[measure][arm].mean():.3f}{star}")
+                lines.append(f"| {n} | {base:.3f} | {games} | {' | '.join(values)} |")
+            bases.append(f"{base:.3f}")
         for ax, measure in zip(axes[:, column], MEASURES, strict=True):
             ax.set_title(f"{n} numbers, {measure}")
             ax.set_xticks(range(len(GAMES)), [f"{g:,}" for g in GAMES])
-            ax.set_yticks(range(len(HABITS)), [f"{b:.3f}" for b in bases])
+            ax.set_yticks(range(len(HABITS)), bases)
             ax.set_xlabel("training games")
             ax.set_ylabel("avg@32 of the base policy")
             ax.set(xlim=(-0.5, len(GAMES) - 0.5), ylim=(-0.5, len(HABITS) - 0.5))
@@ -111,14 +121,13 @@ def main(jobs: int) -> None:
     figure.savefig(RESULTS / "map.png", dpi=120)
 
 
-def draw_cell(ax, x: int, y: int, scores: dict[str, float]) -> None:
-    """A square in the winner's colour, with the scores of all arms in it."""
-    winner = max(ARMS, key=lambda arm: scores[arm])
-    corner = (x - 0.5, y - 0.5)
-    ax.add_patch(Rectangle(corner, 1, 1, facecolor=COLORS[winner], edgecolor="white", linewidth=3))
+def draw_cell(ax, x: int, y: int, scores: dict[str, np.ndarray], winner: str) -> None:
+    """A square in the winner's colour, grey where none is clear, with the scores of all arms."""
+    color = COLORS.get(winner, "#e6e6e6")
+    ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor="white", lw=3))
     for row, arm in enumerate(ARMS):
         weight = "bold" if arm == winner else "normal"
-        text = f"{arm} {scores[arm]:.3f}"
+        text = f"{arm} {scores[arm].mean():.3f}"
         ax.text(x, y + 0.25 - 0.25 * row, text, ha="center", va="center", fontsize=8, weight=weight)
 
 

@@ -5,13 +5,17 @@ import importlib.util
 import resource
 import sys
 import unittest.mock
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import PLAIN_ATTEND, PLAIN_LAYERS, ROOT, TINY, random_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import packing
 import sampler
+from bench import limits
 from model import KVCache, Linear, Transformer
 from packing import Row, pack, token_logprobs
 from sampler import sample, sampling_copy
@@ -282,3 +286,29 @@ def test_packed_weights_are_no_constants_of_a_compilation(tiny, packed_from_0):
             weight.mul_(1.1)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert error(compiled=True) < 4 * rounding
+
+
+# ---- the limits of bench.limits
+
+
+@pytest.mark.parametrize("case", ["tied, bias", "qwen2, odd widths"])
+def test_counted_operations(case):
+    """Fault: bench.limits counts other products than a forward pass has, as PyTorch counts them."""
+    model, ids = random_case(case), torch.arange(60).view(3, 20)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids)
+    work = limits.Work(model, torch.bfloat16)
+    counted = work.forward(tokens=60, logits=60, seen=3 * 20 * 20)
+    assert counted == counter.get_total_flops() > 0
+
+
+def test_limits_of_sampling_and_training():
+    """Fault: a limit counts steps, rows or the backward pass once too often or not at all."""
+    work, args = limits.Work(random_case("tied, bias"), torch.bfloat16), SimpleNamespace()
+    args.rows, args.groups, args.prompt_tokens, args.new_tokens = 16, 3, 4, 2
+    prompts = work.forward(2 * 4, 2, 2 * 8)
+    step = work.forward(16, 16, 16 * 5)
+    assert limits.sampling_limit(work, args, 1.0, torch.inf) == prompts + step
+    assert limits.sampling_limit(work, args, torch.inf, 1.0) == work.read(16 * 5)
+    tokens = work.forward(4 + 8 * 2, 8 * 2, 8 + 8 * 2 * 5)
+    assert limits.training_limit(work, args, 1.0) == 9 * tokens

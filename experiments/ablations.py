@@ -48,6 +48,8 @@ BEYOND = {
     "RL on problems with few successes": ("rare_problems_first", []),
     "an old expert in failed groups": ("old_expert_in_failed_groups", []),
     "positives weigh .1 in RL": ("weak_positives", []),
+    "RFT stopped by pass@32 of a validation split": ("rft_stopped_by_validation", []),
+    "a phase ends when it solves nothing new": ("phase_ends_when_stalled", []),
 }
 ARMS = {"ablations": ABLATIONS, "beyond": BEYOND}
 

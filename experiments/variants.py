@@ -11,11 +11,13 @@ from collections import Counter
 import numpy as np
 
 import rloop
-from data import next_problems
+from data import load_problems, next_problems
 from model import Transformer
 from packing import Row, micro_batches, token_logprobs
 from sampler import sampling_copy
 from scale import parallel
+
+STALL_STEPS, STALL_PROBLEMS = 20, 10  # of phase_ends_when_stalled
 
 # ---- ablations: a part of RLoop is left out
 
@@ -264,6 +266,87 @@ def weak_positives() -> None:
         return adv_NG.where(adv_NG < 0, 0.1 * adv_NG)
 
     rloop.group_advantages = weakened
+
+
+def rft_stopped_by_validation() -> None:
+    """RFT ends with the epoch whose policy has the best pass@32 on 100 games of another split."""
+    rft, rft_step = rloop.rft, rloop.rft_step
+
+    def name_of(run, epoch: int) -> str:
+        return f"rft_{run.progress.iteration + 1}_epoch_{epoch}"
+
+    def exporting(run, policy, optimizer, examples):
+        outcome = rft_step(run, policy, optimizer, examples)
+        num_steps, step = run.steps_per_epoch, run.progress.rft_step + 1
+        if step % num_steps == 0:
+            run.export(policy, name_of(run, step // num_steps))
+        return outcome
+
+    def stopped(run, policy, examples) -> None:
+        run.steps_per_epoch = -(-len(examples) // run.cfg.rft.batch_size)
+        rft(run, policy, examples)
+        states = []
+        for epoch in range(1, run.cfg.rft.epochs + 1) if examples else ():
+            path = run.path / "policies" / name_of(run, epoch)
+            states.append(Transformer.from_pretrained(path, dtype=None).state_dict())
+        scores = [validate(run, policy, state) for state in states]
+        if states:
+            policy.load_state_dict(states[scores.index(max(scores))])
+
+    def validate(run, policy, state) -> float:
+        policy.load_state_dict(state)
+        cfg, tokenizer = run.cfg, rloop.Tokenizer(run.cfg.model.path)
+        games = load_problems("countdown:search?numbers=4", size=100, seed=0)
+        model = sampling_copy(policy, cfg.compute.dtype)
+        options = {"num_samples": 32, "temperature": 1.0}
+        place = {"iteration": 0, "step": 0}
+        groups, _ = rloop.respond(model, tokenizer, games, cfg, cfg.seed, place, **options)
+        return float(np.mean([any(t.reward == 1 for t in group) for group in groups]))
+
+    rloop.rft, rloop.rft_step = stopped, exporting
+
+
+def phase_ends_when_stalled() -> None:
+    """An RL phase ends when its last 20 steps have solved fewer than 10 problems that it had not
+    solved before. The RL steps of all phases together are those of RLoop."""
+    evaluate = rloop.evaluate
+
+    class Run(rloop.Run):
+        @property
+        def steps_before(self) -> int:
+            """RL steps of the finished iterations, which differ in length."""
+            done, records = self.progress.iteration, self.lines("metrics.jsonl")
+            return sum(r["phase"] == "rl" and r["iteration"] < done for r in records)
+
+        @property
+        def rl_steps(self) -> int:
+            return self.steps_before + self.progress.step
+
+    def stalled(run) -> bool:
+        first: dict[str, int] = {}
+        for record in run.lines(f"trajectories/iteration_{run.progress.iteration + 1}.jsonl"):
+            if record["reward"] == 1:
+                first.setdefault(record["problem"], record["step"])
+        recent = run.progress.step - STALL_STEPS
+        return recent >= 0 and sum(step > recent for step in first.values()) < STALL_PROBLEMS
+
+    def run_rloop(run, policy, tokenizer, problems, heldout) -> None:
+        budget = run.cfg.iterations * run.cfg.rl.steps
+        while run.rl_steps < budget or run.progress.step > 0:
+            theta_i, left = run.phase_start(policy), budget - run.steps_before
+            while run.progress.rft_step == 0 and run.progress.step < left and not stalled(run):
+                num_steps = min(run.progress.step + 5, left)  # looked at every 5 steps
+                rloop.explore(run, policy, tokenizer, problems, heldout, num_steps, theta_i)
+            experts = rloop.filter_experts(run)
+            policy.load_state_dict(theta_i)
+            rloop.rft(run, policy, experts)
+            rloop.evaluate(run, policy, tokenizer, heldout, "rft")
+            run.finish_iteration(policy)
+
+    def evaluate_but_rl(run, policy, tokenizer, heldout, name):  # a phase is explored in chunks
+        return evaluate(run, policy, tokenizer, heldout, name) if name != "rl" else None
+
+    rloop.Run, rloop.run_rloop, rloop.evaluate = Run, run_rloop, evaluate_but_rl
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,43 @@ def test_variants_change_the_run(small_variant):
         options = special.get(name, [])
         reference = small_variant("", f"{name}-plain", *options)[0] if options else plain
         assert small_variant(name, name, *options)[0] != reference, name
+
+
+def test_rft_is_stopped_by_validation(small_variant, tmp_path, monkeypatch):
+    """Fault: theta is the policy of the last epoch, or of the worst."""
+    respond, solved = rloop.respond, iter([1, 5, 3] * 2)
+
+    def with_scores(model, tokenizer, problems, cfg, seed, place, *, num_samples, **options):
+        if num_samples != 32:
+            return respond(
+                model, tokenizer, problems, cfg, seed, place, num_samples=num_samples, **options
+            )
+        assert len(problems) == 100
+        right, count = SimpleNamespace(reward=1.0), next(solved)
+        return [[right] * (n < count) for n in range(100)], {}
+
+    monkeypatch.setattr(rloop, "respond", with_scores)
+    small_variant("rft_stopped_by_validation", "run", "--rft.epochs", "3")
+    policies = tmp_path / "run" / "policies"
+    weights = {p.name: (p / "model.safetensors").read_bytes() for p in policies.iterdir()}
+    assert len(weights) == 2 * (1 + 1 + 3) and not any(solved)
+    for i in (1, 2):
+        assert weights[f"theta_{i}"] == weights[f"rft_{i}_epoch_2"] != weights[f"rft_{i}_epoch_3"]
+
+
+def test_phases_end_when_they_stall(small_variant, tmp_path, monkeypatch):
+    """Fault: a phase goes on to the end, or all phases together are longer than RLoop's."""
+    monkeypatch.setattr(variants, "STALL_STEPS", 5)
+    monkeypatch.setattr(variants, "STALL_PROBLEMS", 99)
+    _, found = small_variant("phase_ends_when_stalled", "run", "--rl.steps", "6")
+    assert [(e["policy"], e["rl_steps"]) for e in found[1:]] == [
+        ("rft", 5),
+        ("rft", 10),
+        ("rft", 12),
+    ]
+    monkeypatch.setattr(variants, "STALL_PROBLEMS", 0)
+    _, found = small_variant("phase_ends_when_stalled", "whole", "--rl.steps", "6")
+    assert [e["rl_steps"] for e in found] == [0, 12]
 
 
 def test_evaluations_of_a_run(small_variant, tmp_path):

@@ -1,5 +1,6 @@
 """RLoop with one thing changed, four seeds each: python -m experiments.ablations ablations (what
-each part is worth) or beyond (what is not in the paper)."""
+each part is worth) or beyond (what is not in the paper); and combined: the best of the latter, with
+RL and without, on the seeds and games on which the settings of headline.py were chosen."""
 
 import sys
 
@@ -7,8 +8,8 @@ import numpy as np
 
 from experiments import common
 from experiments.common import MEASURES, mean_and_std, paired_gain, publish, run_all, scores_P
+from experiments.headline import SEARCH, SEARCH_SEEDS, loop
 
-SEEDS = range(4)
 ENDS = ["--eval.every", "300"]  # evaluated where a phase or an RFT ends
 PLAIN = ["--method", "rl"]
 
@@ -51,7 +52,24 @@ BEYOND = {
     "RFT stopped by pass@32 of a validation split": ("rft_stopped_by_validation", []),
     "a phase ends when it solves nothing new": ("phase_ends_when_stalled", []),
 }
-ARMS = {"ablations": ABLATIONS, "beyond": BEYOND}
+NO_CAP, PURE_RFT = ["--select.max_per_problem", "100"], loop(8, "0", 6, 100)
+BOTH = "weight_by_problem_and_rare_problems_first"
+COMBINED = {
+    "RLoop": ("", SEARCH),
+    "RLoop, RFT weighs problems": ("weight_by_problem", SEARCH),
+    "RLoop, RFT weighs problems, cap 100": ("weight_by_problem", [*SEARCH, *NO_CAP]),
+    "RLoop, RL on problems with few successes": ("rare_problems_first", SEARCH),
+    "RLoop, both": (BOTH, SEARCH),
+    "RLoop, both, cap 100": (BOTH, [*SEARCH, *NO_CAP]),
+    "pure RFT, 8 rounds": ("", [*SEARCH, *PURE_RFT]),
+    "pure RFT, 8 rounds, weighs problems": ("weight_by_problem", [*SEARCH, *PURE_RFT]),
+    "pure RFT, 8 rounds, both": (BOTH, [*SEARCH, *PURE_RFT]),
+}
+ARMS = {
+    "ablations": (ABLATIONS, range(4)),
+    "beyond": (BEYOND, range(4)),
+    "combined": (COMBINED, SEARCH_SEEDS),
+}
 
 
 def command(variant: str, overrides: list[str], seed: int) -> list[str]:
@@ -61,21 +79,22 @@ def command(variant: str, overrides: list[str], seed: int) -> list[str]:
 
 
 def main(experiment: str, jobs: int) -> None:
+    arms, seeds = ARMS[experiment]
     commands = {
         f"{experiment}/{name}/{seed}": command(*arm, seed)
-        for seed in SEEDS
-        for name, arm in ARMS[experiment].items()
+        for seed in seeds
+        for name, arm in arms.items()
     }
     results = run_all(experiment, commands, jobs)
     lines = [
         "| arm | avg@32 | difference [95%] | pass@32 | difference [95%] |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name in ARMS[experiment]:
+    for name in arms:
         line = f"| {name} |"
         for measure in MEASURES:
             scores, reference = (
-                np.array([last_scores(results[f"{experiment}/{n}/{s}"], measure) for s in SEEDS])
+                np.array([last_scores(results[f"{experiment}/{n}/{s}"], measure) for s in seeds])
                 for n in (name, "RLoop")
             )
             mean, low, high, _ = paired_gain(scores, reference)

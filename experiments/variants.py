@@ -242,6 +242,12 @@ def rare_problems_first() -> None:
     rloop.sample_groups = drawn_by_rarity
 
 
+def weight_by_problem_and_rare_problems_first() -> None:
+    """Both of them."""
+    weight_by_problem()
+    rare_problems_first()
+
+
 def old_expert_in_failed_groups() -> None:
     """A group without a right response gets an expert of an earlier iteration for its last one."""
     sample_groups = rloop.sample_groups

@@ -85,6 +85,7 @@ class RLConfig:
     problems_per_step: int = key(32, above=0)  # problems sampled in a step (ours; DAPO: 512)
     samples_per_problem: int = key(8, above=0)  # responses to each (ours; DAPO: 16)
     max_sampling_rounds: int = key(1, above=0)  # rounds to replace flat groups; 1 = none replaced
+    favor_hard: bool = False  # draw problems with chance 1 / (1 + successes so far in the phase)
     lr: float = key(1e-4, at_least=0)  # peak learning rate (ours); 0 = pure RFT
     warmup_steps: int = key(0, at_least=0)  # linear warm-up of each RL phase, RL steps
     minibatches: int = key(2, above=0, at_most="rl.problems_per_step")  # optimizer steps a batch

@@ -135,7 +135,7 @@ def sample_groups(run, policy, tokenizer, problems, step):
     usable, sampled, seconds, drawn = [], [], Counter(), run.progress.problems_drawn
     for round_ in range(cfg.rl.max_sampling_rounds):
         count = cfg.rl.problems_per_step - len(usable)
-        fresh = next_problems(problems, drawn, count, cfg.seed)
+        fresh = next_problems(problems, drawn, count, cfg.seed, run.progress.successes)
         seed = seed_of(cfg.seed, iteration, step, round_)
         place = {"iteration": iteration, "step": step, "round": round_}
         groups, spent = respond(model, tokenizer, fresh, cfg, seed, place, **options)

@@ -17,8 +17,9 @@ import shutil
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ class Progress:
     step: int = 0  # finished RL steps of the current iteration
     rft_step: int = 0  # finished RFT steps of it; above 0, exploring and filtering are done
     problems_drawn: int = 0  # position in the endless, seeded stream of problems
+    successes: dict[str, int] = field(default_factory=dict)  # in the phase, where rl.favor_hard
     num_trajectories: int = 0  # sampled in training
     seconds: float = 0.0  # wall time of all sessions
     cut_off: bool = False  # it was said that nearly all responses are cut off
@@ -146,6 +148,10 @@ class Run:
         warning = truncation_warning(record.get("rl/truncated_share", 0.0))
         if warning and not self.progress.cut_off:  # once a run; an evaluation says it each time
             line, progress = (line or "") + warning, progress | {"cut_off": True}
+        if trajectories and self.cfg.rl.favor_hard:
+            least, known = self.cfg.select.min_reward, Counter(self.progress.successes)
+            right = Counter(r["problem"] for r in records if r["reward"] >= least)
+            progress["successes"] = dict(sum(parallel.gather(lambda: right), known))
         self.progress = dataclasses.replace(self.progress, num_trajectories=total, **progress)
         iteration = self.progress.iteration
         if trajectories:
@@ -215,7 +221,8 @@ class Run:
         """Export theta_{i+1}, and start the next iteration."""
         done = self.progress.iteration + 1
         self.export(policy, f"theta_{done}")
-        self.progress = dataclasses.replace(self.progress, iteration=done, step=0, rft_step=0)
+        start = {"step": 0, "rft_step": 0, "successes": {}}
+        self.progress = dataclasses.replace(self.progress, iteration=done, **start)
         self.save(policy)
 
     def finish(self, policy: nn.Module) -> None:

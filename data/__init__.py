@@ -98,9 +98,15 @@ def load_data(cfg: Config, tokenizer=None) -> tuple[list[Problem], list[Problem]
     return train, heldout
 
 
-def next_problems(problems: list[Problem], drawn: int, count: int, seed: int) -> list[Problem]:
+def next_problems(problems: list[Problem], drawn: int, count: int, seed: int, successes=None):
     """count problems of the endless stream, from position drawn on. Each pass over the problems
-    is a permutation of its own, seeded by (seed, pass)."""
+    is a permutation of its own, seeded by (seed, pass). Where some have successes (their number by
+    Problem.id), problems are drawn instead, with chances of 1 / (1 + successes)."""
+    if successes:
+        chance = np.array([1 / (1 + successes.get(p.id, 0)) for p in problems])
+        repeat, rng = count > len(problems), np.random.default_rng((seed, drawn))
+        chosen = rng.choice(len(problems), count, replace=repeat, p=chance / chance.sum())
+        return [problems[i] for i in chosen]
     passes = range(drawn // len(problems), (drawn + count) // len(problems) + 1)
     orders = [np.random.default_rng((seed, p)).permutation(len(problems)) for p in passes]
     start = drawn % len(problems)

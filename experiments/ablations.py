@@ -11,7 +11,7 @@ from experiments.common import MEASURES, mean_and_std, paired_gain, publish, run
 from experiments.headline import SEARCH, SEARCH_SEEDS, loop
 
 ENDS = ["--eval.every", "300"]  # evaluated where a phase or an RFT ends
-PLAIN = ["--method", "rl"]
+PLAIN, FAVOR_HARD = ["--method", "rl"], ["--rl.favor_hard", "true"]
 
 # name -> (variant of variants.py or "", overrides)
 ABLATIONS = {
@@ -46,29 +46,30 @@ BEYOND = {
     "experts of all iterations, RFT from theta_0": ("pooled_from_theta_0", []),
     "theta_{i+1} = mean of theta_i and its RFT": ("mean_of_weights", []),
     "RFT weighs problems, not trajectories": ("weight_by_problem", []),
-    "RL on problems with few successes": ("rare_problems_first", []),
+    "RL on problems with few successes": ("", FAVOR_HARD),
     "an old expert in failed groups": ("old_expert_in_failed_groups", []),
     "positives weigh .1 in RL": ("weak_positives", []),
     "RFT stopped by pass@32 of a validation split": ("rft_stopped_by_validation", []),
     "a phase ends when it solves nothing new": ("phase_ends_when_stalled", []),
 }
-NO_CAP, PURE_RFT = ["--select.max_per_problem", "100"], loop(8, "0", 6, 100)
-BOTH = "weight_by_problem_and_rare_problems_first"
+ROUNDS_8, ROUNDS_4 = loop(8, "0", 6, 100), loop(4, "0", 6, 100)
 COMBINED = {
-    "RLoop": ("", SEARCH),
-    "RLoop, RFT weighs problems": ("weight_by_problem", SEARCH),
-    "RLoop, RFT weighs problems, cap 100": ("weight_by_problem", [*SEARCH, *NO_CAP]),
-    "RLoop, RL on problems with few successes": ("rare_problems_first", SEARCH),
-    "RLoop, both": (BOTH, SEARCH),
-    "RLoop, both, cap 100": (BOTH, [*SEARCH, *NO_CAP]),
-    "pure RFT, 8 rounds": ("", [*SEARCH, *PURE_RFT]),
-    "pure RFT, 8 rounds, weighs problems": ("weight_by_problem", [*SEARCH, *PURE_RFT]),
-    "pure RFT, 8 rounds, both": (BOTH, [*SEARCH, *PURE_RFT]),
+    "RLoop": ("", []),
+    "RLoop, weighs problems": ("weight_by_problem", []),
+    "RLoop, favors hard problems": ("", FAVOR_HARD),
+    "RLoop, both": ("weight_by_problem", FAVOR_HARD),
+    "pure RFT, 8 rounds": ("", ROUNDS_8),
+    "pure RFT, 8 rounds, weighs problems": ("weight_by_problem", ROUNDS_8),
+    "pure RFT, 8 rounds, favors hard problems": ("", [*ROUNDS_8, *FAVOR_HARD]),
+    "pure RFT, 8 rounds, both": ("weight_by_problem", [*ROUNDS_8, *FAVOR_HARD]),
+    "pure RFT, 4 rounds, favors hard problems": ("", [*ROUNDS_4, *FAVOR_HARD]),
+    "plain RL, lr 6e-5, favors hard problems": ("", [*PLAIN, "--rl.lr", "6e-5", *FAVOR_HARD]),
+    "plain RL, lr 1e-4, favors hard problems": ("", [*PLAIN, *FAVOR_HARD]),
 }
 ARMS = {
-    "ablations": (ABLATIONS, range(4)),
-    "beyond": (BEYOND, range(4)),
-    "combined": (COMBINED, SEARCH_SEEDS),
+    "ablations": (ABLATIONS, range(4), []),
+    "beyond": (BEYOND, range(4), []),
+    "combined": (COMBINED, SEARCH_SEEDS, SEARCH),
 }
 
 
@@ -79,11 +80,11 @@ def command(variant: str, overrides: list[str], seed: int) -> list[str]:
 
 
 def main(experiment: str, jobs: int) -> None:
-    arms, seeds = ARMS[experiment]
+    arms, seeds, games = ARMS[experiment]
     commands = {
-        f"{experiment}/{name}/{seed}": command(*arm, seed)
+        f"{experiment}/{name}/{seed}": command(variant, [*games, *overrides], seed)
         for seed in seeds
-        for name, arm in arms.items()
+        for name, (variant, overrides) in arms.items()
     }
     results = run_all(experiment, commands, jobs)
     lines = [

@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 
 import rloop
-from data import load_problems, next_problems
+from data import load_problems
 from model import Transformer
 from packing import Row, micro_batches, token_logprobs
 from sampler import sampling_copy
@@ -217,35 +217,6 @@ def weight_by_problem() -> None:
         return loss_sum, rloop.finish_step(run, policy, optimizer, loss_sum, rows_NG)
 
     rloop.rft, rloop.rft_step = counting, rft_step
-
-
-def rare_problems_first() -> None:
-    """RL problems are drawn with a chance of 1 / (1 + their successes in this phase)."""
-    sample_groups = rloop.sample_groups
-
-    def drawn_by_rarity(run, policy, tokenizer, problems, step):
-        name = f"trajectories/iteration_{run.progress.iteration + 1}.jsonl"
-        successes = Counter(r["problem"] for r in run.lines(name) if r["reward"] == 1)
-        chance = np.array([1 / (1 + successes[p.id]) for p in problems])
-
-        def draw(problems, drawn, count, seed):
-            rng = np.random.default_rng((seed, drawn))
-            chosen = rng.choice(len(problems), count, replace=False, p=chance / chance.sum())
-            return [problems[i] for i in chosen]
-
-        rloop.next_problems = draw
-        try:
-            return sample_groups(run, policy, tokenizer, problems, step)
-        finally:
-            rloop.next_problems = next_problems
-
-    rloop.sample_groups = drawn_by_rarity
-
-
-def weight_by_problem_and_rare_problems_first() -> None:
-    """Both of them."""
-    weight_by_problem()
-    rare_problems_first()
 
 
 def old_expert_in_failed_groups() -> None:

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import time
+from collections import Counter
 from fractions import Fraction
 
 import pyarrow.parquet
@@ -620,6 +621,24 @@ def test_stream_of_problems():
     assert passes[0] != passes[1]
     assert next_problems(problems, 0, 7, 1) + next_problems(problems, 7, 13, 1) == stream
     assert next_problems(problems, 0, 20, seed=2) != stream
+
+
+def test_problems_with_few_successes_are_drawn_more_often():
+    """Fault: the chances are the successes themselves, or not 1 / (1 + successes); a problem is
+    drawn twice in a step; a step of the same position draws others."""
+    problems = load_problems("countdown:train", size=3)
+    successes = {problems[0].id: 8, problems[1].id: 2}  # chances 1 / 9, 1 / 3, 1
+    drawn = Counter(
+        problem.id
+        for position in range(3000)
+        for problem in next_problems(problems, position, 1, 5, successes)
+    )
+    shares = [drawn[problem.id] / 3000 for problem in problems]
+    assert shares == pytest.approx([1 / 13, 3 / 13, 9 / 13], abs=0.03)
+    pair = next_problems(problems, 7, 2, 5, successes)
+    assert pair[0] != pair[1] and pair == next_problems(problems, 7, 2, 5, successes)
+    assert len(next_problems(problems, 7, 4, 5, successes)) == 4
+    assert next_problems(problems, 7, 2, 5, {}) == next_problems(problems, 7, 2, 5)
 
 
 # ---- reasoning-gym

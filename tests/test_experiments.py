@@ -44,7 +44,7 @@ def small_variant(tmp_path, monkeypatch):
 
 def test_every_variant_is_used_and_documented():
     """Fault: an arm of an experiment names a variant that does not exist."""
-    arms = [arm for arms, _ in ablations.ARMS.values() for arm in arms.values()]
+    arms = [arm for arms, *_ in ablations.ARMS.values() for arm in arms.values()]
     used = {variant for variant, _ in arms} - {""}
     assert used == set(VARIANTS)
     assert all(inspect.getdoc(getattr(variants, name)) for name in VARIANTS)

@@ -38,6 +38,7 @@ OPTIONS = [
     *("--rl.steps", "2", "--rl.samples_per_problem", "6", "--sampling.max_new_tokens", "40"),
     *("--data.eval_size", "4", "--eval.num_samples", "2", "--rft.epochs", "1"),
     *("--rl.max_sampling_rounds", "2", "--rl.recompute_logprobs", "true"),
+    *("--rl.favor_hard", "true"),
     *("--rl.kl_coef", "0.01", "--rl.lr", "3e-4", "--save_every", "100"),
     *("--compute.micro_batch_tokens", "150"),  # several a process, and not equally many
 ]

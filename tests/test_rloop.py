@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -862,6 +864,29 @@ def test_dynamic_sampling_refills_with_fresh_problems(small_run, tiny, monkeypat
     bounded = small_run("b", "--rl.max_sampling_rounds", "2")
     usable, sampled, drawn, _ = rloop.sample_groups(bounded, tiny, None, problems, step=1)
     assert len(usable) == 2 and len(sampled) == drawn == 7
+
+
+@pytest.mark.parametrize("favor_hard", ["true", "false"])
+def test_successes_of_the_phase_decide_what_is_drawn(small_run, monkeypatch, favor_hard):
+    """Fault: rl.favor_hard counts failures, responses of another phase or of the step itself, or
+    works where it is off."""
+    seen, next_problems = [], rloop.next_problems
+
+    def spy(problems, drawn, count, seed, successes):
+        seen.append(dict(successes))
+        return next_problems(problems, drawn, count, seed, successes)
+
+    monkeypatch.setattr(rloop, "next_problems", spy)
+    cfg = small_run("a", "--rl.favor_hard", favor_hard).cfg
+    rloop.run_method(cfg)
+    expected = []
+    for iteration in (1, 2):
+        lines = (Path(cfg.run_dir) / "trajectories" / f"iteration_{iteration}.jsonl").open()
+        records = [json.loads(line) for line in lines]
+        for step in range(1, cfg.rl.steps + 1):
+            right = [r["problem"] for r in records if r["reward"] == 1 and r["step"] < step]
+            expected.append(dict(Counter(right)) if favor_hard == "true" else {})
+    assert seen == expected and (any(seen) == (favor_hard == "true"))
 
 
 def test_equal_problems_stay_separate_groups(small_run):

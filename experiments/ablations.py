@@ -8,9 +8,8 @@ import numpy as np
 
 from experiments import common
 from experiments.common import MEASURES, mean_and_std, paired_gain, publish, run_all, scores_P
-from experiments.headline import SEARCH, SEARCH_SEEDS, loop
+from experiments.headline import ENDS, SEARCH, SEARCH_SEEDS, loop
 
-ENDS = ["--eval.every", "300"]  # evaluated where a phase or an RFT ends
 PLAIN, FAVOR_HARD = ["--method", "rl"], ["--rl.favor_hard", "true"]
 
 # name -> (variant of variants.py or "", overrides)

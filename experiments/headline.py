@@ -16,7 +16,9 @@ from experiments.common import MEASURES, mean_and_std, paired_gain, publish, run
 
 STEPS = 300
 SEARCH_SEEDS, SEEDS = (10, 11, 12), range(8)
+ENDS = ["--eval.every", str(STEPS)]  # evaluated where a phase or an RFT ends
 SEARCH = ["--data.eval", "countdown:search?numbers=4", "--data.eval_size", "200"]
+NAMES = {"rl": "plain RL", "rft": "pure RFT", "rloop": "RLoop"}
 FINAL = {"rloop": "rft", "rl": "rl", "rft": "rft"}  # the policy that an arm ends with
 VALIDATION, TEST = 100, 400  # held-out games; the first choose plain RL's best checkpoint
 BASE_SAMPLES = 256  # of the base policy, for the strata
@@ -70,9 +72,8 @@ def search(jobs: int) -> dict[str, str]:
     best, lines, results = {}, [], {}
 
     def run(arm: str, names: list[str], seed: int) -> None:
-        ends = ["--eval.every", str(STEPS)]
         commands = {
-            f"{arm}/{name}/{seed}": command(CANDIDATES[arm][name], seed, *SEARCH, *ends)
+            f"{arm}/{name}/{seed}": command(CANDIDATES[arm][name], seed, *SEARCH, *ENDS)
             for name in names
         }
         results.update(run_all("search", commands, jobs))
@@ -115,20 +116,29 @@ def report(best: dict[str, str], jobs: int) -> None:
                 every = ["--eval.every", "25", "--rl.steps", str(LONGER // 4)]
             overrides = [*CANDIDATES[arm][name], *held_out, *every]
             commands[f"headline/{arm}/{seed}"] = command(overrides, seed)
+            hard = [*CANDIDATES[arm][name], "--rl.favor_hard", "true", *held_out]
+            commands[f"headline/{arm}, hard/{seed}"] = command(hard, seed, *ENDS)
     results = run_all("headline", commands, jobs)
     arms = {arm: [results[f"headline/{arm}/{seed}"] for seed in SEEDS] for arm in best}
     rows = {"base": [r["evaluations"][0] for r in arms["rl"]]}
-    rows[f"plain RL, {best['rl']}"] = [at_steps(r, "rl") for r in arms["rl"]]
+    names = {arm: f"{kind}, {best[arm]}" for arm, kind in NAMES.items()}
+    rows[names["rl"]] = [at_steps(r, "rl") for r in arms["rl"]]
     rows["plain RL, its best checkpoint"] = [best_checkpoint(r) for r in arms["rl"]]
     loop_ends = [at_steps(r, "rft") for r in arms["rloop"]]
     for what, key in (("training tokens", "tokens"), ("wall time", "seconds")):
         pairs = zip(arms["rl"], loop_ends, strict=True)
         rows[f"plain RL at RLoop's {what}"] = [closest(r, key, end[key]) for r, end in pairs]
-    rows[f"pure RFT, {best['rft']}"] = [at_steps(r, "rft") for r in arms["rft"]]
+    rows[names["rft"]] = [at_steps(r, "rft") for r in arms["rft"]]
     rows["RLoop, after the last RL phase"] = [at_steps(r, "rl") for r in arms["rloop"]]
-    rows[f"RLoop, {best['rloop']}"] = loop_ends
+    rows[names["rloop"]] = loop_ends
+    # the option rl.favor_hard with the same settings, beside the paper's method
+    hard = {arm: [results[f"headline/{arm}, hard/{seed}"] for seed in SEEDS] for arm in best}
+    ends = {arm: [at_steps(r, FINAL[arm]) for r in hard[arm]] for arm in best}
+    favored = {f"{name}, favors hard problems": ends[arm] for arm, name in names.items()}
+    compared = {name: rows[name] for name in names.values()} | favored
+    lines = [*table(rows, loop_ends), "", *table(compared, ends["rloop"]), ""]
     base = run_all("headline", {"headline/base": base_command(held_out)}, jobs)["headline/base"]
-    publish("headline", [*table(rows, loop_ends), "", *strata_table(rows, base["evaluations"][0])])
+    publish("headline", lines + strata_table(rows | favored, base["evaluations"][0]))
     draw(arms)
 
 
@@ -168,10 +178,10 @@ def closest(result: dict, key: str, value: float) -> dict:
     return min(found, key=lambda e: abs(e[key] - value))
 
 
-def table(rows: dict[str, list[dict]], loop_ends: list[dict]) -> list[str]:
+def table(rows: dict[str, list[dict]], last: list[dict]) -> list[str]:
     lines = [
-        "| policy | RL steps | tokens, M | min | avg@32 | RLoop's gain [95%] "
-        "| pass@32 | RLoop's gain [95%] |",
+        "| policy | RL steps | tokens, M | min | avg@32 | the last row's gain [95%] "
+        "| pass@32 | the last row's gain [95%] |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, ends in rows.items():
@@ -181,20 +191,18 @@ def table(rows: dict[str, list[dict]], loop_ends: list[dict]) -> list[str]:
         line = f"| {name} | {steps:.0f} | {tokens / 1e6:.2f} | {seconds / 60:.1f} |"
         for measure in MEASURES:
             ours, theirs = (
-                np.array([scores_P(e, measure)[VALIDATION:] for e in some])
-                for some in (loop_ends, ends)
+                np.array([scores_P(e, measure)[VALIDATION:] for e in some]) for some in (last, ends)
             )
             line += f" {mean_and_std(theirs.mean(axis=1))} |"
             mean, low, high, relative = paired_gain(ours, theirs)
             gain = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {relative:+.0%}"
-            line += f" {gain if ends is not loop_ends else ''} |"
+            line += f" {gain if ends is not last else ''} |"
         lines.append(line)
     return lines
 
 
 def draw(arms: dict[str, list[dict]]) -> None:
     """avg@32 and pass@32 over the RL steps, mean and range of the seeds."""
-    names = {"rl": "plain RL", "rft": "pure RFT", "rloop": "RLoop"}
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for ax, measure in zip(figure.subplots(1, 2), MEASURES, strict=True):
         for arm, results in arms.items():
@@ -205,7 +213,7 @@ def draw(arms: dict[str, list[dict]]) -> None:
                     curves.setdefault(e["rl_steps"], []).append(score)
             steps = [*curves]
             (line,) = ax.plot(
-                steps, [np.mean(v) for v in curves.values()], marker="o", ms=4, label=names[arm]
+                steps, [np.mean(v) for v in curves.values()], marker="o", ms=4, label=NAMES[arm]
             )
             low, high = ([f(v) for v in curves.values()] for f in (min, max))
             ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)

@@ -165,13 +165,14 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
 
 
 def test_headline_report(tmp_path, monkeypatch):
-    """Fault: an arm is read at another step, the validation games are reported, or a gain has the
-    wrong sign or interval."""
+    """Fault: an arm is read at another step, the validation games are reported, a gain has the
+    wrong sign or interval, or is another row's."""
 
     def result(command):
         """Scores that depend on the arm alone: every test game is solved so often of 32."""
         lr = command[command.index("--rl.lr") + 1] if "--rl.lr" in command else None
         per_game = {"0": 2, "6e-5": 4, "1e-4": 8}.get(lr, 1)
+        per_game += 4 * ("--rl.favor_hard" in command)
         plain = "rl" in command
         steps = (0, 100, 300, 400) if plain else (0, 75, 150, 225, 300)
         found = []
@@ -202,8 +203,14 @@ def test_headline_report(tmp_path, monkeypatch):
     headline.report(best, jobs=1)
     text = (tmp_path / "headline.md").read_text()
     tables = [[line.split("|") for line in part.splitlines()] for part in text.split("\n\n")]
-    rows, strata = ({row[1].strip(): row for row in rows} for rows in tables)
-    assert rows.keys() - strata.keys() == {"policy"} and len(tables[0]) == len(tables[1])
+    rows, hard, strata = ({row[1].strip(): row for row in rows} for rows in tables)
+    assert rows.keys() | hard.keys() == strata.keys() - {tables[2][0][1].strip()} | {"policy"}
+    gains = {name: row[6].strip() for name, row in hard.items()}
+    assert (
+        gains["RLoop, 4 iterations, lr 1e-4, 6 epochs, cap 10"] == "+0.125 [+0.125, +0.125], +50%"
+    )
+    assert gains["plain RL, lr 6e-5, favors hard problems"] == "+0.125 [+0.125, +0.125], +50%"
+    assert [*gains.values()].index("") == len(gains) - 1 == 7
     assert all(len({len(row) for row in rows}) == 1 for rows in tables)
     assert strata["plain RL, lr 6e-5"][2:5] == ["  ", " 0.125 / 1.000 ", "  "]
     plain = rows["plain RL, lr 6e-5"]
@@ -215,7 +222,7 @@ def test_headline_report(tmp_path, monkeypatch):
     ]
     assert rows["plain RL at RLoop's training tokens"][2].strip() == "300"
     assert rows["RLoop, 4 iterations, lr 1e-4, 6 epochs, cap 10"][6].strip() == ""
-    assert len(everything) == 3 * 8 + 1 and (tmp_path / "headline.png").exists()
+    assert len(everything) == 6 * 8 + 1 and (tmp_path / "headline.png").exists()
 
 
 def fake_results(monkeypatch, tmp_path, module, solved_of) -> None:

@@ -1,6 +1,6 @@
 """RLoop with one thing changed, four seeds each: python -m experiments.ablations ablations (what
-each part is worth) or beyond (what is not in the paper); and combined: the best of the latter, with
-RL and without, on the seeds and games on which the settings of headline.py were chosen."""
+each part is worth) or beyond (what is not in the paper); and favor_hard: the best of the latter, in
+all three methods, on the seeds and games on which the settings of headline.py were chosen."""
 
 import sys
 
@@ -52,15 +52,11 @@ BEYOND = {
     "a phase ends when it solves nothing new": ("phase_ends_when_stalled", []),
 }
 ROUNDS_8, ROUNDS_4 = loop(8, "0", 6, 100), loop(4, "0", 6, 100)
-COMBINED = {
+HARD = {
     "RLoop": ("", []),
-    "RLoop, weighs problems": ("weight_by_problem", []),
     "RLoop, favors hard problems": ("", FAVOR_HARD),
-    "RLoop, both": ("weight_by_problem", FAVOR_HARD),
     "pure RFT, 8 rounds": ("", ROUNDS_8),
-    "pure RFT, 8 rounds, weighs problems": ("weight_by_problem", ROUNDS_8),
     "pure RFT, 8 rounds, favors hard problems": ("", [*ROUNDS_8, *FAVOR_HARD]),
-    "pure RFT, 8 rounds, both": ("weight_by_problem", [*ROUNDS_8, *FAVOR_HARD]),
     "pure RFT, 4 rounds, favors hard problems": ("", [*ROUNDS_4, *FAVOR_HARD]),
     "plain RL, lr 6e-5, favors hard problems": ("", [*PLAIN, "--rl.lr", "6e-5", *FAVOR_HARD]),
     "plain RL, lr 1e-4, favors hard problems": ("", [*PLAIN, *FAVOR_HARD]),
@@ -68,7 +64,7 @@ COMBINED = {
 ARMS = {
     "ablations": (ABLATIONS, range(4), []),
     "beyond": (BEYOND, range(4), []),
-    "combined": (COMBINED, SEARCH_SEEDS, SEARCH),
+    "favor_hard": (HARD, SEARCH_SEEDS, SEARCH),
 }
 
 

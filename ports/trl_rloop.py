@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from config import Config, UserError, config_from_command_line
+from config import Config, RLConfig, UserError, config_from_command_line
 from data import Problem, load_data
 from data.tokenizer import Tokenizer
 from rloop import Trajectory, seed_of, select_experts
@@ -137,8 +137,9 @@ def write_lines(file: Path, trajectories: list) -> None:
 
 def run(cfg: Config) -> None:
     """The loop. Every trainer loads theta_i from its directory, so RFT cannot start from phi."""
-    if cfg.rl.max_sampling_rounds > 1 or cfg.rl.overlong_buffer or cfg.rl.importance_cap:
-        raise UserError("not for TRL: rl.max_sampling_rounds, overlong_buffer and importance_cap")
+    names = ("max_sampling_rounds", "overlong_buffer", "importance_cap", "favor_hard")
+    if any(vars(cfg.rl)[name] != vars(RLConfig())[name] for name in names):
+        raise UserError(f"TRL lacks rl.{', rl.'.join(names)}: they must keep their defaults")
     if cfg.rl.problems_per_step % cfg.rl.minibatches:
         raise UserError("with TRL rl.problems_per_step must be a multiple of rl.minibatches")
     run_dir, theta = Path(cfg.run_dir), cfg.model.path

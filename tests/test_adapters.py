@@ -190,9 +190,13 @@ def test_trl_refuses_what_it_lacks(trl_run):
     cfg, _ = trl_run
     with pytest.raises(UserError, match="holds a run"):
         trl_rloop.run(cfg)
-    for override in (["--rl.overlong_buffer", "4"], ["--rl.max_sampling_rounds", "2"]):
-        with pytest.raises(UserError, match="not for TRL"):
-            trl_rloop.run(load_config(ROOT / "configs" / "countdown.toml", override))
+    for key, value in (
+        ("overlong_buffer", "4"),
+        ("max_sampling_rounds", "2"),
+        ("favor_hard", "true"),
+    ):
+        with pytest.raises(UserError, match=f"TRL lacks.*{key}"):
+            trl_rloop.run(load_config(ROOT / "configs" / "countdown.toml", [f"--rl.{key}", value]))
     with pytest.raises(UserError, match="multiple"):
         override = ["--rl.problems_per_step", "7", "--rl.minibatches", "2"]
         trl_rloop.run(load_config(ROOT / "configs" / "countdown.toml", override))

@@ -19,6 +19,7 @@ SEARCH_SEEDS, SEEDS = (10, 11, 12), range(8)
 ENDS = ["--eval.every", str(STEPS)]  # evaluated where a phase or an RFT ends
 SEARCH = ["--data.eval", "countdown:search?numbers=4", "--data.eval_size", "200"]
 NAMES = {"rl": "plain RL", "rft": "pure RFT", "rloop": "RLoop"}
+BEST_FAVORING = {"rl": "lr 1e-4"}  # where rl.favor_hard is on: ablations.py favor_hard
 FINAL = {"rloop": "rft", "rl": "rl", "rft": "rft"}  # the policy that an arm ends with
 VALIDATION, TEST = 100, 400  # held-out games; the first choose plain RL's best checkpoint
 BASE_SAMPLES = 256  # of the base policy, for the strata
@@ -107,6 +108,7 @@ def search(jobs: int) -> dict[str, str]:
 
 def report(best: dict[str, str], jobs: int) -> None:
     """The best candidates on the reported seeds and games."""
+    favoring = best | BEST_FAVORING  # with the option rl.favor_hard, beside the paper's method
     commands = {}
     held_out = ["--data.eval_size", str(VALIDATION + TEST)]
     for seed in SEEDS:
@@ -116,7 +118,7 @@ def report(best: dict[str, str], jobs: int) -> None:
                 every = ["--eval.every", "25", "--rl.steps", str(LONGER // 4)]
             overrides = [*CANDIDATES[arm][name], *held_out, *every]
             commands[f"headline/{arm}/{seed}"] = command(overrides, seed)
-            hard = [*CANDIDATES[arm][name], "--rl.favor_hard", "true", *held_out]
+            hard = [*CANDIDATES[arm][favoring[arm]], "--rl.favor_hard", "true", *held_out]
             commands[f"headline/{arm}, hard/{seed}"] = command(hard, seed, *ENDS)
     results = run_all("headline", commands, jobs)
     arms = {arm: [results[f"headline/{arm}/{seed}"] for seed in SEEDS] for arm in best}
@@ -131,10 +133,9 @@ def report(best: dict[str, str], jobs: int) -> None:
     rows[names["rft"]] = [at_steps(r, "rft") for r in arms["rft"]]
     rows["RLoop, after the last RL phase"] = [at_steps(r, "rl") for r in arms["rloop"]]
     rows[names["rloop"]] = loop_ends
-    # the option rl.favor_hard with the same settings, beside the paper's method
     hard = {arm: [results[f"headline/{arm}, hard/{seed}"] for seed in SEEDS] for arm in best}
     ends = {arm: [at_steps(r, FINAL[arm]) for r in hard[arm]] for arm in best}
-    favored = {f"{name}, favors hard problems": ends[arm] for arm, name in names.items()}
+    favored = {f"{NAMES[a]}, {favoring[a]}, favors hard problems": ends[a] for a in best}
     compared = {name: rows[name] for name in names.values()} | favored
     lines = [*table(rows, loop_ends), "", *table(compared, ends["rloop"]), ""]
     base = run_all("headline", {"headline/base": base_command(held_out)}, jobs)["headline/base"]

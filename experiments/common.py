@@ -31,22 +31,26 @@ def jobs_from_command_line(description: str) -> int:
 def run_all(experiment: str, commands: dict[str, list[str]], jobs: int) -> dict[str, Result]:
     """Name -> result of the runs `python COMMAND --run_dir RUNS/NAME`.
 
-    Results are kept in results/EXPERIMENT.json; a run that is there with the same command is not
-    run again. Each run has one thread. A run that fails shows its last lines, and ends everything.
+    Results are kept in results/EXPERIMENT.json. A command that one of the experiments has run is
+    not run again. Each run has one thread. A run that fails shows its last lines, and ends all.
     """
+    RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{experiment}.json"
     results = read_json(file).get("runs", {})
+    kept = [read_json(other).get("runs", {}) for other in RESULTS.glob("*.json")]
+    known = {result["command"]: result for runs in kept for result in runs.values()}
     texts = {name: shlex.join(command) for name, command in commands.items()}
-    missing = [name for name in texts if results.get(name, {}).get("command") != texts[name]]
+    missing = [name for name in texts if texts[name] not in known]
+    results |= {name: known[text] for name, text in texts.items() if text in known}
     bar = tqdm(total=len(missing), desc=experiment, unit="run")
     with ThreadPoolExecutor(jobs) as pool:
         done = pool.map(lambda name: (name, _run(name, commands[name])), missing)
         for name, result in done:
             results[name] = {"command": texts[name]} | result
-            file.parent.mkdir(exist_ok=True)
             write_json(file, {"runs": results})
             bar.update()
     bar.close()
+    write_json(file, {"runs": results})
     return {name: results[name] for name in commands}
 
 

@@ -158,6 +158,7 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "_run", run)
     common.run_all("x", {"a": ["1"], "b": ["2"]}, jobs=2)
     results = common.run_all("x", {"b": ["2"], "a": ["3"]}, jobs=1)
+    assert common.run_all("y", {"c": ["3"]}, jobs=1) == {"c": results["a"]}
     assert sorted(ran) == [("a", "1"), ("a", "3"), ("b", "2")]
     assert results == {
         name: {"command": c, "evaluations": [c]} for name, c in (("b", "2"), ("a", "3"))

@@ -47,7 +47,7 @@ SMALL_RUN = [
     *("--data.train_size", "16", "--data.eval_size", "8"),
     *("--eval.num_samples", "4", "--eval.every", "2"),
     *("--rft.epochs", "2", "--rft.batch_size", "8"),
-    *("--save_every", "1"),
+    *("--save_every", "100"),
 ]
 
 PLAIN_ATTEND, PLAIN_LAYERS = packing.Packed.attend, sampler.swap_layers

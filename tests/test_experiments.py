@@ -13,7 +13,7 @@ from config import load_config
 from experiments import ablations, common, headline, language, phenomena, variants
 from experiments import map as map_of_winners
 
-FEW = ["--rl.steps", "4", "--rft.epochs", "1", "--save_every", "9", "--eval.num_samples", "1"]
+FEW = ["--rl.steps", "4", "--rft.epochs", "1", "--eval.num_samples", "1"]
 VARIANTS = [
     name
     for name, f in inspect.getmembers(variants, inspect.isfunction)

@@ -39,7 +39,7 @@ OPTIONS = [
     *("--data.eval_size", "4", "--eval.num_samples", "2", "--rft.epochs", "1"),
     *("--rl.max_sampling_rounds", "2", "--rl.recompute_logprobs", "true"),
     *("--rl.favor_hard", "true"),
-    *("--rl.kl_coef", "0.01", "--rl.lr", "3e-4", "--save_every", "100"),
+    *("--rl.kl_coef", "0.01", "--rl.lr", "3e-4"),
     *("--compute.micro_batch_tokens", "150"),  # several a process, and not equally many
 ]
 

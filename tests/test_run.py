@@ -36,6 +36,7 @@ TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 FEW = [
     *(*SMALL_RUN, "--rl.steps", "2", "--data.eval_size", "2", "--eval.num_samples", "2"),
     *("--rft.epochs", "1", "--rft.batch_size", "4", "--rl.favor_hard", "true"),
+    *("--save_every", "1"),
 ]
 TOML = ROOT / "configs" / "countdown.toml"
 

@@ -279,12 +279,50 @@ def test_language_report():
         f"language/gcd/{arm}/0": {"evaluations": [{"num_correct": c} for c in found]}
         for arm, found in counts.items()
     }
+    results["language/gcd/rloop/0/RLoop"] = {"evaluations": [{"num_correct": "16 4"}]}
     assert language.table(results)[2:] == [
-        "| gcd, k = 16 | base | 1 | 0.125 | 0.500 |",
-        "| gcd, k = 16 | plain RL | 1 | 0.500 | 0.500 |",
-        "| gcd, k = 16 | RLoop, after its last RL phase | 1 | 0.500 | 0.500 |",
-        "| gcd, k = 16 | RLoop | 1 | 0.375 | 1.000 |",
+        "| gcd, k = 16 | base | 1 | 0.125 | 0.500 |  |  |  |",
+        "| gcd, k = 16 | plain RL | 1 | 0.500 | 0.500 |  |  |  |",
+        "| gcd, k = 16 | RLoop, after its last RL phase | 1 | 0.500 | 0.500 |  |  |  |",
+        "| gcd, k = 16 | RLoop | 1 | 0.375 | 1.000 | 1 | 0.625 | 1.000 |",
     ]
+
+
+def test_policies_are_judged_by_their_last_number(tmp_path, monkeypatch):
+    """Fault: a policy is judged as another one, on other samples, or where it is not at hand; the
+    form of an answer plays a part."""
+    monkeypatch.setattr(language, "ROOT", tmp_path)
+    monkeypatch.setattr(language, "RUNS", tmp_path)
+    monkeypatch.setattr(language, "RESULTS", tmp_path)
+    known = {"language/gcd/rft/2/pure RFT": {}}
+    (tmp_path / "language.json").write_text(json.dumps({"runs": known}))
+    for policy in ("rl_3", "theta_3", "theta_2"):
+        (tmp_path / "language" / "gcd" / "rloop" / "1" / "policies" / policy).mkdir(parents=True)
+    (tmp_path / "language" / "gsm8k" / "rl" / "0" / "policies" / "rl_1").mkdir(parents=True)
+    runs = {
+        f"language/gcd/{a}/{s}": language.gym_command("gcd", a, s)
+        for a in language.ARMS
+        for s in (1, 2)
+    }
+    runs["language/gsm8k/rl/0"] = language.gsm8k_command("rl", 0)
+    found = language.fair_commands(runs)
+    configs = {name: load_config(ROOT / c[2], c[3:]) for name, c in found.items()}
+    model = language.QWEN
+    assert {name: (cfg.model.path, cfg.seed) for name, cfg in configs.items()} == {
+        "language/gcd/rloop/1/RLoop, after its last RL phase": (
+            "language/gcd/rloop/1/policies/rl_3",
+            1,
+        ),
+        "language/gcd/rloop/1/RLoop": ("language/gcd/rloop/1/policies/theta_3", 1),
+        "language/gcd/rft/2/pure RFT": ("language/gcd/rft/2/policies/theta_3", 2),
+        "language/gsm8k/rl/0/base": (model, 0),
+        "language/gsm8k/rl/0/plain RL": ("language/gsm8k/rl/0/policies/rl_1", 0),
+    }
+    assert all(cfg.method == "eval" and cfg.data.reward for cfg in configs.values())
+    problem = SimpleNamespace(answer="-1234")
+    texts = ["it is -1,234.", "-1234.00", "12 -1234, or 5", "", "1234", "1-1234"]
+    judged = [language.last_number(problem, text) for text in texts]
+    assert judged == [True, True, False, False, False, False]
 
 
 def test_map_report(tmp_path, monkeypatch):

@@ -36,15 +36,13 @@ def run_all(experiment: str, commands: dict[str, list[str]], jobs: int) -> dict[
     """
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{experiment}.json"
-    results = read_json(file).get("runs", {})
-    kept = [read_json(other).get("runs", {}) for other in RESULTS.glob("*.json")]
-    known = {result["command"]: result for runs in kept for result in runs.values()}
+    results, known = read_json(file).get("runs", {}), known_results()
     texts = {name: shlex.join(command) for name, command in commands.items()}
     missing = [name for name in texts if texts[name] not in known]
     results |= {name: known[text] for name, text in texts.items() if text in known}
     bar = tqdm(total=len(missing), desc=experiment, unit="run")
     with ThreadPoolExecutor(jobs) as pool:
-        done = pool.map(lambda name: (name, _run(name, commands[name])), missing)
+        done = pool.map(lambda name: (name, run(name, commands[name])), missing)
         for name, result in done:
             results[name] = {"command": texts[name]} | result
             write_json(file, {"runs": results})
@@ -52,6 +50,12 @@ def run_all(experiment: str, commands: dict[str, list[str]], jobs: int) -> dict[
     bar.close()
     write_json(file, {"runs": results})
     return {name: results[name] for name in commands}
+
+
+def known_results() -> dict[str, Result]:
+    """Command -> result of the runs of all experiments."""
+    kept = [read_json(file).get("runs", {}) for file in RESULTS.glob("*.json")]
+    return {result["command"]: result for runs in kept for result in runs.values()}
 
 
 def origin() -> dict[str, str]:
@@ -63,7 +67,8 @@ def origin() -> dict[str, str]:
     return {"commit": commit, "hardware": cpu, "torch": torch.__version__}
 
 
-def _run(name: str, command: list[str]) -> Result:
+def run(name: str, command: list[str]) -> Result:
+    """The result of `python COMMAND --run_dir RUNS/NAME`."""
     run_dir = RUNS / name
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     arguments = [sys.executable, *command, "--run_dir", str(run_dir)]

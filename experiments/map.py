@@ -5,9 +5,14 @@ The base policies are built first: the skills for games of 3, 4 and 5 numbers, t
 strengths on top.
 """
 
+import shlex
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from tqdm import tqdm
 
 from experiments import common
 from experiments.common import (
@@ -15,8 +20,10 @@ from experiments.common import (
     RESULTS,
     ROOT,
     RUNS,
+    known_results,
     paired_gain,
     publish,
+    run,
     run_all,
     scores_P,
 )
@@ -38,13 +45,16 @@ def source(split: str, numbers: int) -> str:
     return f"countdown:{split}?numbers={numbers}"
 
 
-def starting_from(run: str) -> list[str]:
-    policy = RUNS.relative_to(ROOT) / "map" / run / "policies" / "sft"
-    return ["--model.path", str(policy)]
+def policy_of(name: str) -> Path:
+    return RUNS / name / "policies" / "sft"
+
+
+def starting_from(base: str) -> list[str]:
+    return ["--model.path", str(policy_of(f"map/{base}").relative_to(ROOT))]
 
 
 def build_bases(jobs: int) -> None:
-    """The policies RUNS/map/skills-NUMBERS and RUNS/map/base-NUMBERS-HABIT."""
+    """Those that are not there of the policies RUNS/map/skills-NUMBERS and base-NUMBERS-HABIT."""
     skills, bases = {}, {}
     for n in NUMBERS:
         options = ["--sampling.max_new_tokens", "32", "--data.eval", source("search", n)]
@@ -54,8 +64,11 @@ def build_bases(jobs: int) -> None:
             config = ["rloop.py", "--config", "configs/countdown_base.toml", *options]
             habits = ["--data.train", source("habit", n), "--data.train_size", str(habit)]
             bases[f"map/base-{n}-{habit}"] = [*config, *habits, *starting_from(f"skills-{n}")]
-    run_all("map", skills, jobs)
-    run_all("map", bases, jobs)
+    for commands in (skills, bases):
+        missing = {name: c for name, c in commands.items() if not policy_of(name).exists()}
+        with ThreadPoolExecutor(jobs) as pool:
+            done = pool.map(run, missing, missing.values())
+            list(tqdm(done, total=len(missing), desc="base policies", unit="run"))
 
 
 def cell_commands() -> dict[str, list[str]]:
@@ -88,8 +101,10 @@ def winner_of(scores: dict[str, np.ndarray]) -> tuple[str, bool]:
 
 
 def main(jobs: int) -> None:
-    build_bases(jobs)
-    results = run_all("map", cell_commands(), jobs)
+    commands = cell_commands()
+    if {shlex.join(command) for command in commands.values()} - known_results().keys():
+        build_bases(jobs)
+    results = run_all("map", commands, jobs)
     names = [f"{measure}: {arm}" for measure in MEASURES for arm in ARMS]
     lines = [f"| numbers | base | games | {' | '.join(names)} |"]
     lines.append("|---:" * (3 + len(names)) + "|")

@@ -336,6 +336,7 @@ def test_map_report(tmp_path, monkeypatch):
         return 16 if arm == best else 8
 
     fake_results(monkeypatch, tmp_path, map_of_winners, solved_of)
+    monkeypatch.setattr(map_of_winners, "build_bases", lambda jobs: None)
     map_of_winners.main(jobs=1)
     lines = (tmp_path / "map.md").read_text().splitlines()
     assert len(lines) == 2 + 27 and all(line.count("|") == lines[0].count("|") for line in lines)
@@ -343,6 +344,19 @@ def test_map_report(tmp_path, monkeypatch):
     assert "| 5 | 0.031 | 1600 | 0.225 | **0.450** | 0.225 | 0.900 | 0.900 | 0.900 |" in lines
     assert "| 4 | 0.031 | 400 | 0.225 | 0.225 | 0.225 | 0.900 | 0.900 | 0.900 |" in lines
     assert (tmp_path / "map.png").exists()
+
+
+def test_base_policies_of_the_map(tmp_path, monkeypatch):
+    """Fault: a base policy that is not there is taken for built, as in a fresh clone with kept
+    results; or one that is there is built again, or a habit before the skills under it."""
+    built = []
+    monkeypatch.setattr(map_of_winners, "run", lambda name, command: built.append(name))
+    monkeypatch.setattr(map_of_winners, "RUNS", tmp_path)
+    monkeypatch.setattr(map_of_winners, "ROOT", tmp_path)
+    (tmp_path / "map" / "skills-4" / "policies" / "sft").mkdir(parents=True)
+    map_of_winners.build_bases(jobs=1)
+    assert built[:2] == ["map/skills-3", "map/skills-5"]
+    assert len(built) == 2 + 6 and len(set(built)) == 8
 
 
 def test_diversity_and_flips(tmp_path):

@@ -5,6 +5,7 @@ The base policies are built first: the skills for games of 3, 4 and 5 numbers, t
 strengths on top.
 """
 
+import itertools
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,8 +133,28 @@ def main(jobs: int) -> None:
             ax.set_xlabel("training games")
             ax.set_ylabel("avg@32 of the base policy")
             ax.set(xlim=(-0.5, len(GAMES) - 0.5), ylim=(-0.5, len(HABITS) - 0.5))
-    publish("map", lines)
+    publish("map", [*lines, "", *gains(results)])
     figure.savefig(RESULTS / "map.png", dpi=120)
+
+
+def gains(results: dict) -> list[str]:
+    """RLoop over the two others, by games and by numbers: the mean of the cells, its 95% interval
+    by bootstrap of the cells, and the relative difference of the means."""
+    titles = [f"{measure} over {arm}" for measure in MEASURES for arm in ("plain RL", "pure RFT")]
+    lines = [f"| cells | {' | '.join(titles)} |", "|---" + "|---:" * len(titles) + "|"]
+    places = list(itertools.product(NUMBERS, HABITS, GAMES))
+    cells = [cell(results, *place) for place in places]
+    groups = [(f"{g:,} training games", [place[2] == g for place in places]) for g in GAMES]
+    groups += [(f"{n} numbers", [place[0] == n for place in places]) for n in NUMBERS]
+    for name, chosen in [*groups, ("all", [True] * len(places))]:
+        line = f"| {name} ({sum(chosen)}) |"
+        for measure in MEASURES:
+            means = {a: np.array([[c[measure][a].mean()] for c in cells])[chosen] for a in ARMS}
+            for arm in ("plain RL", "pure RFT"):
+                gain = paired_gain(means["RLoop"], means[arm])
+                line += " {:+.3f} [{:+.3f}, {:+.3f}], {:+.0%} |".format(*gain)
+        lines.append(line)
+    return lines
 
 
 def draw_cell(ax, x: int, y: int, scores: dict[str, np.ndarray], winner: str) -> None:

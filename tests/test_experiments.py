@@ -339,7 +339,12 @@ def test_map_report(tmp_path, monkeypatch):
     monkeypatch.setattr(map_of_winners, "build_bases", lambda jobs: None)
     map_of_winners.main(jobs=1)
     lines = (tmp_path / "map.md").read_text().splitlines()
-    assert len(lines) == 2 + 27 and all(line.count("|") == lines[0].count("|") for line in lines)
+    end = lines.index("")
+    assert end == 2 + 27 and len({line.count("|") for line in lines[:end]}) == 1
+    of_all = lines[-1].split(" | ")  # RLoop .425, the others .233
+    assert of_all[1:3] == ["+0.192 [+0.150, +0.225], +82%"] * 2
+    assert of_all[4] == "+0.000 [+0.000, +0.000], +0% |"
+    assert len(lines) == end + 1 + 2 + len(map_of_winners.GAMES) + len(map_of_winners.NUMBERS) + 1
     assert "| 3 | 0.031 | 100 | 0.225 | 0.225 | **0.450** | 0.900 | 0.900 | 0.900 |" in lines
     assert "| 5 | 0.031 | 1600 | 0.225 | **0.450** | 0.225 | 0.900 | 0.900 | 0.900 |" in lines
     assert "| 4 | 0.031 | 400 | 0.225 | 0.225 | 0.225 | 0.900 | 0.900 | 0.900 |" in lines

@@ -7,6 +7,7 @@ avg@32 and pass@32 at the end. Every candidate runs on seed 10, the best four of
 """
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -57,6 +58,11 @@ def command(overrides: list[str], seed: int, *more: str) -> list[str]:
     return [*config, "--seed", str(seed), *overrides, *more]
 
 
+def main(experiment: str, setting: list[str], jobs: int) -> None:
+    """The search and the report, with the overrides of a setting in all runs."""
+    report(experiment, setting, search(f"{experiment}_search", setting, jobs), jobs)
+
+
 def at_steps(result: dict, policy: str, steps: int = STEPS) -> dict:
     """The first evaluation of the policy at the given RL steps or later (16 rounds of 19: 304)."""
     found = (e for e in result["evaluations"] if e["policy"] == policy and e["rl_steps"] >= steps)
@@ -68,19 +74,21 @@ def quality(evaluation: dict) -> float:
     return float(np.sqrt(avg * solved))
 
 
-def search(jobs: int) -> dict[str, str]:
+def search(experiment: str, setting: list[str], jobs: int) -> dict[str, str]:
     """Arm -> its best candidate. Prints all of them."""
     best, lines, results = {}, [], {}
 
     def run(arm: str, names: list[str], seed: int) -> None:
         commands = {
-            f"{arm}/{name}/{seed}": command(CANDIDATES[arm][name], seed, *SEARCH, *ENDS)
+            f"{experiment}/{arm}/{name}/{seed}": command(
+                CANDIDATES[arm][name], seed, *SEARCH, *ENDS, *setting
+            )
             for name in names
         }
-        results.update(run_all("search", commands, jobs))
+        results.update(run_all(experiment, commands, jobs))
 
     def ends_of(arm: str, name: str) -> list[dict]:
-        names = [f"{arm}/{name}/{seed}" for seed in SEARCH_SEEDS]
+        names = [f"{experiment}/{arm}/{name}/{seed}" for seed in SEARCH_SEEDS]
         return [at_steps(results[n], FINAL[arm]) for n in names if n in results]
 
     def rank(arm: str) -> list[str]:
@@ -102,26 +110,26 @@ def search(jobs: int) -> dict[str, str]:
             lines.append(f"| {name} | {len(ends)} | {means[0]:.3f} | {means[1]:.3f} |")
         lines.append("")
         best[arm] = rank(arm)[0]
-    publish("search", lines)
+    publish(experiment, lines)
     return best
 
 
-def report(best: dict[str, str], jobs: int) -> None:
+def report(experiment: str, setting: list[str], best: dict[str, str], jobs: int) -> None:
     """The best candidates on the reported seeds and games."""
     favoring = best | BEST_FAVORING  # with the option rl.favor_hard, beside the paper's method
     commands = {}
-    held_out = ["--data.eval_size", str(VALIDATION + TEST)]
+    held_out = ["--data.eval_size", str(VALIDATION + TEST), *setting]
     for seed in SEEDS:
         for arm, name in best.items():
             every = ["--eval.every", "75" if arm == "rloop" else str(STEPS)]
             if arm == "rl":  # longer: for equal tokens and equal time
                 every = ["--eval.every", "25", "--rl.steps", str(LONGER // 4)]
             overrides = [*CANDIDATES[arm][name], *held_out, *every]
-            commands[f"headline/{arm}/{seed}"] = command(overrides, seed)
+            commands[f"{experiment}/{arm}/{seed}"] = command(overrides, seed)
             hard = [*CANDIDATES[arm][favoring[arm]], "--rl.favor_hard", "true", *held_out]
-            commands[f"headline/{arm}, hard/{seed}"] = command(hard, seed, *ENDS)
-    results = run_all("headline", commands, jobs)
-    arms = {arm: [results[f"headline/{arm}/{seed}"] for seed in SEEDS] for arm in best}
+            commands[f"{experiment}/{arm}, hard/{seed}"] = command(hard, seed, *ENDS)
+    results = run_all(experiment, commands, jobs)
+    arms = {arm: [results[f"{experiment}/{arm}/{seed}"] for seed in SEEDS] for arm in best}
     rows = {"base": [r["evaluations"][0] for r in arms["rl"]]}
     names = {arm: f"{kind}, {best[arm]}" for arm, kind in NAMES.items()}
     rows[names["rl"]] = [at_steps(r, "rl") for r in arms["rl"]]
@@ -133,14 +141,15 @@ def report(best: dict[str, str], jobs: int) -> None:
     rows[names["rft"]] = [at_steps(r, "rft") for r in arms["rft"]]
     rows["RLoop, after the last RL phase"] = [at_steps(r, "rl") for r in arms["rloop"]]
     rows[names["rloop"]] = loop_ends
-    hard = {arm: [results[f"headline/{arm}, hard/{seed}"] for seed in SEEDS] for arm in best}
+    hard = {arm: [results[f"{experiment}/{arm}, hard/{seed}"] for seed in SEEDS] for arm in best}
     ends = {arm: [at_steps(r, FINAL[arm]) for r in hard[arm]] for arm in best}
     favored = {f"{NAMES[a]}, {favoring[a]}, favors hard problems": ends[a] for a in best}
     compared = {name: rows[name] for name in names.values()} | favored
     lines = [*table(rows, loop_ends), "", *table(compared, ends["rloop"]), ""]
-    base = run_all("headline", {"headline/base": base_command(held_out)}, jobs)["headline/base"]
-    publish("headline", lines + strata_table(rows | favored, base["evaluations"][0]))
-    draw(arms)
+    name = f"{experiment}/base"
+    base = run_all(experiment, {name: base_command(held_out)}, jobs)[name]["evaluations"][0]
+    publish(experiment, lines + strata_table(rows | favored, base))
+    draw(arms, common.RESULTS / f"{experiment}.png")
 
 
 def base_command(held_out: list[str]) -> list[str]:
@@ -202,7 +211,7 @@ def table(rows: dict[str, list[dict]], last: list[dict]) -> list[str]:
     return lines
 
 
-def draw(arms: dict[str, list[dict]]) -> None:
+def draw(arms: dict[str, list[dict]], file: Path) -> None:
     """avg@32 and pass@32 over the RL steps, mean and range of the seeds."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for ax, measure in zip(figure.subplots(1, 2), MEASURES, strict=True):
@@ -223,9 +232,8 @@ def draw(arms: dict[str, list[dict]]) -> None:
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.4)
     ax.legend(frameon=False)
-    figure.savefig(common.RESULTS / "headline.png", dpi=120)
+    figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":
-    jobs = common.jobs_from_command_line(__doc__)
-    report(search(jobs), jobs)
+    main("headline", [], common.jobs_from_command_line(__doc__))

@@ -155,7 +155,7 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
         ran.append((name, *command))
         return {"evaluations": command}
 
-    monkeypatch.setattr(common, "_run", run)
+    monkeypatch.setattr(common, "run", run)
     common.run_all("x", {"a": ["1"], "b": ["2"]}, jobs=2)
     results = common.run_all("x", {"b": ["2"], "a": ["3"]}, jobs=1)
     assert common.run_all("y", {"c": ["3"]}, jobs=1) == {"c": results["a"]}
@@ -173,7 +173,7 @@ def test_headline_report(tmp_path, monkeypatch):
         """Scores that depend on the arm alone: every test game is solved so often of 32."""
         lr = command[command.index("--rl.lr") + 1] if "--rl.lr" in command else None
         per_game = {"0": 2, "6e-5": 4, "1e-4": 8}.get(lr, 1)
-        per_game += 4 * ("--rl.favor_hard" in command)
+        per_game += 4 * ("--rl.favor_hard" in command) + (command[5:7] == ["--iterations", "8"])
         plain = "rl" in command
         steps = (0, 100, 300, 400) if plain else (0, 75, 150, 225, 300)
         found = []
@@ -201,7 +201,7 @@ def test_headline_report(tmp_path, monkeypatch):
         "rft": "4 rounds, 6 epochs, cap 10",
         "rloop": "4 iterations, lr 1e-4, 6 epochs, cap 10",
     }
-    headline.report(best, jobs=1)
+    headline.report("headline", [], best, jobs=1)
     text = (tmp_path / "headline.md").read_text()
     tables = [[line.split("|") for line in part.splitlines()] for part in text.split("\n\n")]
     rows, hard, strata = ({row[1].strip(): row for row in rows} for rows in tables)
@@ -225,6 +225,16 @@ def test_headline_report(tmp_path, monkeypatch):
     assert rows["plain RL at RLoop's training tokens"][2].strip() == "300"
     assert rows["RLoop, 4 iterations, lr 1e-4, 6 epochs, cap 10"][6].strip() == ""
     assert len(everything) == 6 * 8 + 1 and (tmp_path / "headline.png").exists()
+
+    everything.clear()
+    headline.main("many", ["--data.train_size", "1600"], jobs=1)
+    assert all(c[c.index("--data.train_size") + 1] == "1600" for c in everything.values())
+    of_search = [name for name in everything if name.startswith("many_search/")]
+    assert len(of_search) == sum(len(c) + 2 * 4 for c in headline.CANDIDATES.values())
+    rows = (tmp_path / "many_search.md").read_text().split("\n\n")[1].splitlines()
+    assert [row.split(" | ")[1] for row in rows[2:]] == ["3"] * 4 + ["1"] * 20
+    text = (tmp_path / "many.md").read_text()
+    assert text.count("RLoop, 8 iterations, lr 1e-4") == 5 and text.count("pure RFT, 8 rounds") == 5
 
 
 def fake_results(monkeypatch, tmp_path, module, solved_of) -> None:

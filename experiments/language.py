@@ -79,7 +79,7 @@ def last_number(problem, response: str) -> bool:
 
 
 def fair_commands(commands: dict[str, list[str]]) -> dict[str, list[str]]:
-    """NAME OF A RUN/ROW -> the evaluation of that policy by last_number, on the same samples: those
+    """NAME OF A RUN, ROW -> the evaluation of that policy by last_number, on the same samples: those
     that have been run, and those whose policy is at hand."""
     known, found = read_json(RESULTS / "language.json").get("runs", {}), {}
     reward = ["--method", "eval", "--data.reward", "experiments.language:last_number"]
@@ -87,7 +87,7 @@ def fair_commands(commands: dict[str, list[str]]) -> dict[str, list[str]]:
         iterations = command[command.index("--iterations") + 1]
         for row, (arm, _, policy) in ROWS.items():
             path = RUNS / name / "policies" / policy.format(iterations=iterations)
-            fair = f"{name}/{row}"
+            fair = f"{name}, {row}"
             if name.split("/")[-2] == arm and (fair in known or path.exists()):
                 model = ["--model.path", str(path.relative_to(ROOT))] if policy else []
                 found[fair] = [*command, *reward, *model]
@@ -105,7 +105,7 @@ def table(results: dict[str, dict]) -> list[str]:
         for row, (arm, place, _) in ROWS.items():
             names = [f"language/{task}/{arm}/{seed}" for seed in SEEDS]
             ends = [results[name]["evaluations"][place] for name in names if name in results]
-            names = [f"{name}/{row}" for name in names]
+            names = [f"{name}, {row}" for name in names]
             fair = [results[name]["evaluations"][-1] for name in names if name in results]
             if ends:
                 cells = [f"{task}, k = {k}", row, *scores(ends, k), *scores(fair, k)]

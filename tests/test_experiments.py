@@ -289,7 +289,7 @@ def test_language_report():
         f"language/gcd/{arm}/0": {"evaluations": [{"num_correct": c} for c in found]}
         for arm, found in counts.items()
     }
-    results["language/gcd/rloop/0/RLoop"] = {"evaluations": [{"num_correct": "16 4"}]}
+    results["language/gcd/rloop/0, RLoop"] = {"evaluations": [{"num_correct": "16 4"}]}
     assert language.table(results)[2:] == [
         "| gcd, k = 16 | base | 1 | 0.125 | 0.500 |  |  |  |",
         "| gcd, k = 16 | plain RL | 1 | 0.500 | 0.500 |  |  |  |",
@@ -304,7 +304,7 @@ def test_policies_are_judged_by_their_last_number(tmp_path, monkeypatch):
     monkeypatch.setattr(language, "ROOT", tmp_path)
     monkeypatch.setattr(language, "RUNS", tmp_path)
     monkeypatch.setattr(language, "RESULTS", tmp_path)
-    known = {"language/gcd/rft/2/pure RFT": {}}
+    known = {"language/gcd/rft/2, pure RFT": {}}
     (tmp_path / "language.json").write_text(json.dumps({"runs": known}))
     for policy in ("rl_3", "theta_3", "theta_2"):
         (tmp_path / "language" / "gcd" / "rloop" / "1" / "policies" / policy).mkdir(parents=True)
@@ -319,14 +319,14 @@ def test_policies_are_judged_by_their_last_number(tmp_path, monkeypatch):
     configs = {name: load_config(ROOT / c[2], c[3:]) for name, c in found.items()}
     model = language.QWEN
     assert {name: (cfg.model.path, cfg.seed) for name, cfg in configs.items()} == {
-        "language/gcd/rloop/1/RLoop, after its last RL phase": (
+        "language/gcd/rloop/1, RLoop, after its last RL phase": (
             "language/gcd/rloop/1/policies/rl_3",
             1,
         ),
-        "language/gcd/rloop/1/RLoop": ("language/gcd/rloop/1/policies/theta_3", 1),
-        "language/gcd/rft/2/pure RFT": ("language/gcd/rft/2/policies/theta_3", 2),
-        "language/gsm8k/rl/0/base": (model, 0),
-        "language/gsm8k/rl/0/plain RL": ("language/gsm8k/rl/0/policies/rl_1", 0),
+        "language/gcd/rloop/1, RLoop": ("language/gcd/rloop/1/policies/theta_3", 1),
+        "language/gcd/rft/2, pure RFT": ("language/gcd/rft/2/policies/theta_3", 2),
+        "language/gsm8k/rl/0, base": (model, 0),
+        "language/gsm8k/rl/0, plain RL": ("language/gsm8k/rl/0/policies/rl_1", 0),
     }
     assert all(cfg.method == "eval" and cfg.data.reward for cfg in configs.values())
     problem = SimpleNamespace(answer="-1234")

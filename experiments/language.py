@@ -79,8 +79,8 @@ def last_number(problem, response: str) -> bool:
 
 
 def fair_commands(commands: dict[str, list[str]]) -> dict[str, list[str]]:
-    """NAME OF A RUN, ROW -> the evaluation of that policy by last_number, on the same samples: those
-    that have been run, and those whose policy is at hand."""
+    """NAME OF A RUN, ROW -> the evaluation of that policy by last_number, on the same samples:
+    where it has been run, and where the policy is at hand."""
     known, found = read_json(RESULTS / "language.json").get("runs", {}), {}
     reward = ["--method", "eval", "--data.reward", "experiments.language:last_number"]
     for name, command in commands.items():

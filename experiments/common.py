@@ -7,10 +7,10 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from config import read_json, write_json
@@ -64,7 +64,7 @@ def origin() -> dict[str, str]:
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(": ")[2] for line in lines if "model name" in line), "CPU")
-    return {"commit": commit, "hardware": cpu, "torch": torch.__version__}
+    return {"commit": commit, "hardware": cpu, "torch": version("torch")}
 
 
 def run(name: str, command: list[str]) -> Result:

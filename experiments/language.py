@@ -43,7 +43,7 @@ TASKS = {
         "40",
     ),
 }
-GSM8K = "--data.eval_size 200 --eval.num_samples 8 --eval.every 20 --sampling.max_new_tokens 300"
+GSM8K = "--data.eval_size 200 --eval.num_samples 8 --eval.every 25 --sampling.max_new_tokens 300"
 GSM8K += " --rl.max_sampling_rounds 1 --rl.problems_per_step 20 --save_every 1000"
 GSM8K += " --rft.lr 1e-5 --rft.epochs 2 --compute.max_rows 800"
 
@@ -69,13 +69,13 @@ def gym_command(task: str, arm: str, seed: int) -> list[str]:
 
 def gsm8k_command(arm: str, seed: int) -> list[str]:
     command = ["rloop.py", "--config", "configs/smollm2-gsm8k.toml", "--model.path", QWEN]
-    return [*command, *GSM8K.split(), *BIG.split(), *loop(arm, 4, 20, "2e-6"), "--seed", str(seed)]
+    return [*command, *GSM8K.split(), *BIG.split(), *loop(arm, 4, 25, "2e-6"), "--seed", str(seed)]
 
 
 def last_number(problem, response: str) -> bool:
     """A reward that asks for no form: is the last number of the response the answer?"""
-    found = re.findall(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?", response)
-    return bool(found) and Fraction(found[-1].replace(",", "")) == Fraction(problem.answer)
+    found = re.findall(r"(?<!\d)-?\d+(?:\.\d+)?", response.replace(",", ""))
+    return bool(found) and Fraction(found[-1]) == Fraction(problem.answer.replace(",", ""))
 
 
 def fair_commands(commands: dict[str, list[str]]) -> dict[str, list[str]]:

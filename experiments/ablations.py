@@ -1,6 +1,7 @@
 """RLoop with one thing changed, four seeds each: python -m experiments.ablations ablations (what
-each part is worth) or beyond (what is not in the paper); and favor_hard: the best of the latter, in
-all three methods, on the seeds and games on which the settings of headline.py were chosen."""
+each part is worth) or beyond (what is not in the paper); favor_hard: the best of the latter, in all
+three methods, on the seeds and games on which the settings of headline.py were chosen; and
+return_100_games, return_high_rate, return_favor_hard: is the return to theta_i worth more there?"""
 
 import sys
 
@@ -61,10 +62,14 @@ HARD = {
     "plain RL, lr 6e-5, favors hard problems": ("", [*PLAIN, "--rl.lr", "6e-5", *FAVOR_HARD]),
     "plain RL, lr 1e-4, favors hard problems": ("", [*PLAIN, *FAVOR_HARD]),
 }
+RETURN = {name: ABLATIONS[name] for name in ("RLoop", "RFT from phi, not theta_i", "plain RL")}
 ARMS = {
     "ablations": (ABLATIONS, range(4), []),
     "beyond": (BEYOND, range(4), []),
     "favor_hard": (HARD, SEARCH_SEEDS, SEARCH),
+    "return_100_games": (RETURN, range(4), ["--data.train_size", "100"]),
+    "return_high_rate": (RETURN, range(4), ["--rl.lr", "2e-4"]),
+    "return_favor_hard": (RETURN, range(4), FAVOR_HARD),
 }
 
 

@@ -634,8 +634,10 @@ def main(arguments: list[str]) -> int:
                 return plan.main(cfg, **machine)
             run_method(cfg)
             return parallel.on_main(lambda: report.main([cfg.run_dir]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, torch.OutOfMemoryError) as error:
+        memory = isinstance(error, torch.OutOfMemoryError)
+        remedy = "; a smaller compute.max_rows or micro_batch_tokens lets the run go on" * memory
+        print(f"error: {error}{remedy}", file=sys.stderr)
         return 1
     except (Stopped, KeyboardInterrupt):
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)

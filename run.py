@@ -34,6 +34,9 @@ from config import Config, UserError, differing_keys, read_json, write_json
 from scale import parallel
 
 MAX_CHECKPOINTS = 2
+# in a run that continues: where the metrics go, and what takes memory and only rounds otherwise
+MEMORY = ("max_rows", "micro_batch_tokens", "checkpoint_activations")
+MAY_CHANGE = ("logging", *(f"compute.{name}" for name in MEMORY))
 LINE_FILES = ("metrics.jsonl", "evaluations.jsonl", "trajectories/*.jsonl", "experts/*.jsonl")
 # one process needs no process group
 warnings.filterwarnings("ignore", "torch.distributed is disabled", module="torch.distributed")
@@ -97,7 +100,7 @@ class Run:
         files = [name for name in names if Path(name).is_file()]
         hashes = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
         config = dataclasses.asdict(self.cfg) | {"sha256": hashes}
-        keys = [key for key in differing_keys(stored, config) if key != "logging"]
+        keys = [key for key in differing_keys(stored, config) if key not in MAY_CHANGE]
         if checkpoints and keys:
             raise UserError(
                 f"{self.path} holds a run of another config or other data files; differing keys: "
@@ -246,9 +249,8 @@ class Run:
             raise Stopped
 
     def save(self, policy: nn.Module, optimizer=None, theta_i=None) -> None:
-        """Write a checkpoint under a temporary name and rename it: the weights, the optimizer, the
-        weights that the phase started from (name -> tensor), and the progress. Raises UserError
-        for a full disk."""
+        """Write a checkpoint under a temporary name and rename it: the weights, the optimizer,
+        theta_i (name -> tensor) and the progress. Raises UserError for a full disk."""
         seconds = parallel.on_main(lambda: time.perf_counter() - self._start)
         self.progress = dataclasses.replace(self.progress, seconds=seconds)
         existing = parallel.on_main(self._checkpoints)

@@ -1,5 +1,4 @@
-"""Batched sampling with a KV cache: token ids in, completions and their log-probs out. Knows no
-text and no reward.
+"""Batched sampling with a KV cache: token ids in, completions and their log-probs out, no text.
 
 A prompt is prefilled once for all its samples. Up to max_rows rows decode at once: the first R
 rows of one cache. When rows finish, the last live rows move into their places, and the next

@@ -221,8 +221,7 @@ def _items(node: tuple) -> list[tuple]:
 
 
 def _joined(node: tuple, other: tuple) -> tuple:
-    """What "and" means: x = 1 and y = 2 is a list, x = 1 and x = 2 the list 1, 2 but no set; x > 2
-    and x < 5 stays."""
+    """x = 1 and y = 2 is a list, x = 1 and x = 2 the list 1, 2, no set; x > 2 and x < 5 stays."""
     if node[0] != "both" or not any(map(_is_equation, node[1])):
         return node
     is_one = len({item[1][0] for item in node[1]}) == 1

@@ -96,8 +96,7 @@ def generate_demonstrations(
 ) -> list[tuple[tuple[int, ...], int, str]]:
     """size (numbers, target, steps) of a stage of STAGES.
 
-    The arithmetic is right; a share of the targets is swapped among the games. Raises UserError
-    for an unknown stage.
+    The arithmetic is right, a share of the targets swapped. Raises UserError for an unknown stage.
     """
     if stage not in STAGES:
         stages = " or countdown:".join(STAGES)

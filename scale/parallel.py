@@ -149,8 +149,7 @@ def stop_requested() -> bool:
 
 
 def prepare(model: Transformer, cfg: ComputeConfig) -> Transformer:
-    """Make the model compute as the config says, in this order: activation checkpointing,
-    torch.compile, shards.
+    """Make the model compute as the config says: activation checkpointing, torch.compile, shards.
 
     Weights, gradients and the optimizer are float32, activations and frozen weights of cfg.dtype.
     Several processes: FSDP2 of every block, and of the root with embedding, last norm and head.

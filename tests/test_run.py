@@ -17,6 +17,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, SMALL_RUN
 from tensorboard.backend.event_processing import event_accumulator
@@ -479,6 +480,30 @@ def test_logging_may_change_when_a_run_continues(config, whole):
     cfg = config("run", "--save_every", "2", "--logging", '["tensorboard"]')
     rloop.run_method(cfg)
     assert outcome(cfg) == whole and read_tensorboard(cfg) == logged(cfg)
+
+
+def test_run_that_was_out_of_memory_goes_on_with_less(config, whole, monkeypatch, capsys):
+    """Fault: running out of GPU memory shows a traceback without a remedy, or costs the whole run:
+    a smaller micro-batch is refused as another config."""
+    cfg, update, count = config("run"), rloop.update, iter(range(100))
+
+    def update_thrice(*args):
+        if next(count) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.32 GiB.")
+        return update(*args)
+
+    monkeypatch.setattr(rloop, "update", update_thrice)
+    command = ["--config", str(TOML), *FEW, "--run_dir", cfg.run_dir]
+    assert rloop.main(command) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: CUDA out of memory.") and "compute.max_rows" in error
+    done = num_records(cfg)
+    less = ["--compute.micro_batch_tokens", "64", "--compute.max_rows", "4"]
+    assert rloop.main([*command, *less, "--compute.checkpoint_activations", "true"]) == 0
+    assert "continuing after RL step 3" in capsys.readouterr().out and num_records(cfg) > done
+    assert [r["phase"] for r in outcome(cfg)[0]] == [r["phase"] for r in whole[0]]
+    assert rloop.main([*command, "--rl.lr", "1e-3"]) == 1
+    assert "differing keys: rl.lr. Choose" in capsys.readouterr().err
 
 
 def test_wandb_continues_its_run(config, whole, monkeypatch):

@@ -1,7 +1,7 @@
 """RLoop with one thing changed, four seeds each: python -m experiments.ablations ablations (what
-each part is worth) or beyond (what is not in the paper); favor_hard: the best of the latter, in all
-three methods, on the seeds and games on which the settings of headline.py were chosen; and
-return_100_games, return_high_rate, return_favor_hard: is the return to theta_i worth more there?"""
+each part is worth) or beyond (what is not in the paper); return_100_games and return_high_rate: is
+the return to theta_i worth more where RL goes further astray? And favor_hard: the best of beyond,
+in all three methods, on the seeds and games on which the settings of headline.py were chosen."""
 
 import sys
 
@@ -67,9 +67,8 @@ ARMS = {
     "ablations": (ABLATIONS, range(4), []),
     "beyond": (BEYOND, range(4), []),
     "favor_hard": (HARD, SEARCH_SEEDS, SEARCH),
-    "return_100_games": (RETURN, range(4), ["--data.train_size", "100"]),
+    "return_100_games": (RETURN, range(8), ["--data.train_size", "100"]),
     "return_high_rate": (RETURN, range(4), ["--rl.lr", "2e-4"]),
-    "return_favor_hard": (RETURN, range(4), FAVOR_HARD),
 }
 
 

@@ -4,4 +4,4 @@ from experiments import common, headline
 
 if __name__ == "__main__":
     jobs = common.jobs_from_command_line(__doc__)
-    headline.main("many_games", ["--data.train_size", "1600"], jobs)
+    headline.main("many_games", ["--data.train_size", "1600"], jobs, favor_hard=False)

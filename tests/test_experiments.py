@@ -203,7 +203,7 @@ def test_headline_report(tmp_path, monkeypatch):
         "rft": "4 rounds, 6 epochs, cap 10",
         "rloop": "4 iterations, lr 1e-4, 6 epochs, cap 10",
     }
-    headline.report("headline", [], best, jobs=1)
+    headline.report("headline", [], best, jobs=1, favor_hard=True)
     text = (tmp_path / "headline.md").read_text()
     tables = [[line.split("|") for line in part.splitlines()] for part in text.split("\n\n")]
     rows, hard, strata = ({row[1].strip(): row for row in rows} for rows in tables)
@@ -229,14 +229,15 @@ def test_headline_report(tmp_path, monkeypatch):
     assert len(everything) == 6 * 8 + 1 and (tmp_path / "headline.png").exists()
 
     everything.clear()
-    headline.main("many", ["--data.train_size", "1600"], jobs=1)
+    headline.main("many", ["--data.train_size", "1600"], jobs=1, favor_hard=False)
     assert all(c[c.index("--data.train_size") + 1] == "1600" for c in everything.values())
     of_search = [name for name in everything if name.startswith("many_search/")]
     assert len(of_search) == sum(len(c) + 2 * 4 for c in headline.CANDIDATES.values())
     rows = (tmp_path / "many_search.md").read_text().split("\n\n")[1].splitlines()
     assert [row.split(" | ")[1] for row in rows[2:]] == ["3"] * 4 + ["1"] * 20
     text = (tmp_path / "many.md").read_text()
-    assert text.count("RLoop, 8 iterations, lr 1e-4") == 5 and text.count("pure RFT, 8 rounds") == 5
+    assert text.count("RLoop, 8 iterations, lr 1e-4") == 2 == text.count("pure RFT, 8 rounds")
+    assert "hard" not in text + " ".join(everything)
 
 
 def fake_results(monkeypatch, tmp_path, module, solved_of) -> None:

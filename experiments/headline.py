@@ -58,11 +58,9 @@ def command(overrides: list[str], seed: int, *more: str) -> list[str]:
     return [*config, "--seed", str(seed), *overrides, *more]
 
 
-def main(experiment: str, setting: list[str], jobs: int, favor_hard: bool) -> None:
-    """The search and the report, with the overrides of a setting in all runs; favor_hard: with
-    rl.favor_hard, too, beside the paper's method."""
-    best = search(f"{experiment}_search", setting, jobs)
-    report(experiment, setting, best, jobs, favor_hard)
+def main(experiment: str, setting: list[str], jobs: int, **options) -> None:
+    """The search and the report, with the overrides of a setting in all runs; options: report's."""
+    report(experiment, setting, search(f"{experiment}_search", setting, jobs), jobs, **options)
 
 
 def at_steps(result: dict, policy: str, steps: int = STEPS) -> dict:
@@ -117,12 +115,17 @@ def search(experiment: str, setting: list[str], jobs: int) -> dict[str, str]:
 
 
 def report(
-    experiment: str, setting: list[str], best: dict[str, str], jobs: int, favor_hard: bool
+    experiment: str,
+    setting: list[str],
+    best: dict[str, str],
+    jobs: int,
+    seeds: range = SEEDS,
+    favor_hard: bool = True,
 ) -> None:
-    """The best candidates on the reported seeds and games."""
+    """The best candidates on the reported seeds and games; favor_hard: with rl.favor_hard, too."""
     held_out = ["--data.eval_size", str(VALIDATION + TEST), *setting]
     base_name, commands = f"{experiment}/base", {}
-    for seed in SEEDS:
+    for seed in seeds:
         for arm, name in best.items():
             every = ["--eval.every", "75" if arm == "rloop" else str(STEPS)]
             if arm == "rl":  # longer: for equal tokens and equal time
@@ -131,7 +134,7 @@ def report(
             commands[f"{experiment}/{arm}/{seed}"] = command(overrides, seed)
     commands[base_name] = base_command(held_out)
     results = run_all(experiment, commands, jobs)
-    arms = {arm: [results[f"{experiment}/{arm}/{seed}"] for seed in SEEDS] for arm in best}
+    arms = {arm: [results[f"{experiment}/{arm}/{seed}"] for seed in seeds] for arm in best}
     rows = {"base": [r["evaluations"][0] for r in arms["rl"]]}
     names = {arm: f"{kind}, {best[arm]}" for arm, kind in NAMES.items()}
     rows[names["rl"]] = [at_steps(r, "rl") for r in arms["rl"]]
@@ -145,7 +148,7 @@ def report(
     rows[names["rloop"]] = loop_ends
     lines = [*table(rows, loop_ends), ""]
     if favor_hard:
-        favored = favored_rows(experiment, held_out, best, jobs)
+        favored = favored_rows(experiment, held_out, best, jobs, seeds)
         compared = {name: rows[name] for name in names.values()} | favored
         lines += [*table(compared, [*favored.values()][-1]), ""]
         rows |= favored
@@ -154,18 +157,18 @@ def report(
 
 
 def favored_rows(
-    experiment: str, held_out: list[str], best: dict[str, str], jobs: int
+    experiment: str, held_out: list[str], best: dict[str, str], jobs: int, seeds: range
 ) -> dict[str, list[dict]]:
     """Row of the table -> the ends of its runs with rl.favor_hard, of RLoop last."""
     commands, favoring = {}, best | BEST_FAVORING
-    for seed in SEEDS:
+    for seed in seeds:
         for arm, name in favoring.items():
             hard = [*CANDIDATES[arm][name], "--rl.favor_hard", "true", *held_out]
             commands[f"{experiment}/{arm}, hard/{seed}"] = command(hard, seed, *ENDS)
     results = run_all(experiment, commands, jobs)
     return {
         f"{NAMES[arm]}, {name}, favors hard problems": [
-            at_steps(results[f"{experiment}/{arm}, hard/{seed}"], FINAL[arm]) for seed in SEEDS
+            at_steps(results[f"{experiment}/{arm}, hard/{seed}"], FINAL[arm]) for seed in seeds
         ]
         for arm, name in favoring.items()
     }
@@ -255,4 +258,4 @@ def draw(arms: dict[str, list[dict]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main("headline", [], common.jobs_from_command_line(__doc__), favor_hard=True)
+    main("headline", [], common.jobs_from_command_line(__doc__))

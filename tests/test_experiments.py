@@ -203,7 +203,7 @@ def test_headline_report(tmp_path, monkeypatch):
         "rft": "4 rounds, 6 epochs, cap 10",
         "rloop": "4 iterations, lr 1e-4, 6 epochs, cap 10",
     }
-    headline.report("headline", [], best, jobs=1, favor_hard=True)
+    headline.report("headline", [], best, jobs=1)
     text = (tmp_path / "headline.md").read_text()
     tables = [[line.split("|") for line in part.splitlines()] for part in text.split("\n\n")]
     rows, hard, strata = ({row[1].strip(): row for row in rows} for rows in tables)
@@ -229,8 +229,10 @@ def test_headline_report(tmp_path, monkeypatch):
     assert len(everything) == 6 * 8 + 1 and (tmp_path / "headline.png").exists()
 
     everything.clear()
-    headline.main("many", ["--data.train_size", "1600"], jobs=1, favor_hard=False)
+    setting, few = ["--data.train_size", "1600"], {"seeds": range(4), "favor_hard": False}
+    headline.main("many", setting, jobs=1, **few)
     assert all(c[c.index("--data.train_size") + 1] == "1600" for c in everything.values())
+    assert {n[-1] for n in everything if n.startswith("many/r")} == {*"0123"}
     of_search = [name for name in everything if name.startswith("many_search/")]
     assert len(of_search) == sum(len(c) + 2 * 4 for c in headline.CANDIDATES.values())
     rows = (tmp_path / "many_search.md").read_text().split("\n\n")[1].splitlines()

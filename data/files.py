@@ -151,7 +151,7 @@ def gold_answer(record: dict, where: str) -> tuple[str, float]:
 
 def text_of(record: dict, names: tuple[str, ...], where: str) -> str:
     """The first filled one of the named fields; a number becomes its shortest text (27.0: 27), and
-    the parts of a message are joined. UserError for what no tokenizer takes, and for inf or NaN."""
+    the parts of a message are joined. Raises UserError for what no tokenizer takes, inf, NaN."""
     for name in names:
         value = record.get(name)
         if isinstance(value, list) and all(isinstance(p, dict) for p in value):

@@ -149,7 +149,7 @@ def stop_requested() -> bool:
 
 
 def prepare(model: Transformer, cfg: ComputeConfig) -> Transformer:
-    """Make the model compute as the config says: activation checkpointing, torch.compile, shards.
+    """Checkpoint activations, compile the blocks and shard, in this order, as the config says.
 
     Weights, gradients and the optimizer are float32, activations and frozen weights of cfg.dtype.
     Several processes: FSDP2 of every block, and of the root with embedding, last norm and head.

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # no thread of TRL's is on the net while a test forks
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal bits are a CPU's; bench.cuda_smoke checks a GPU
 torch.set_num_threads(1)
 

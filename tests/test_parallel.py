@@ -3,6 +3,7 @@ never wait for the dead."""
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -11,6 +12,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -45,21 +47,18 @@ OPTIONS = [
 
 
 class Processes:
-    """A function in several processes, in torchrun's environment. The parent holds their store, as
-    torchrun does: its port is the operating system's choice, so no two runs can collide."""
+    """A function in several processes, which meet at a file: torchrun's TCPStore asks a name server
+    at every connection, and a fork while its thread does so leaves the child a locked resolver."""
 
     def __init__(self, number: int, function, *arguments):
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.folder = tempfile.TemporaryDirectory()
 
         def body(rank: int) -> None:
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(number),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(self.store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-            }
+            os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+            store = dist.FileStore(f"{self.folder.name}/store", number)
+            dist.init_process_group = functools.partial(
+                dist.init_process_group, store=store, rank=rank, world_size=number
+            )
             tqdm.set_lock(threading.RLock())
             sys.exit(function(*arguments))
 
@@ -73,9 +72,9 @@ class Processes:
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
         hanging = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
-        for process in self.processes:
-            process.kill()
-            process.join()
+        for rank in hanging:
+            os.kill(self.processes[rank].pid, signal.SIGABRT)  # faulthandler prints where it hangs
+            self.processes[rank].join()
         assert not hanging
         return [process.exitcode for process in self.processes]
 

@@ -58,9 +58,9 @@ def command(overrides: list[str], seed: int, *more: str) -> list[str]:
     return [*config, "--seed", str(seed), *overrides, *more]
 
 
-def main(experiment: str, setting: list[str], jobs: int, **options) -> None:
-    """The search and the report, with the overrides of a setting in all runs; options: report's."""
-    report(experiment, setting, search(f"{experiment}_search", setting, jobs), jobs, **options)
+def main(experiment: str, setting: list[str], jobs: int) -> None:
+    """The search and the report, with the overrides of a setting in all runs."""
+    report(experiment, setting, search(f"{experiment}_search", setting, jobs), jobs)
 
 
 def at_steps(result: dict, policy: str, steps: int = STEPS) -> dict:
@@ -114,18 +114,11 @@ def search(experiment: str, setting: list[str], jobs: int) -> dict[str, str]:
     return best
 
 
-def report(
-    experiment: str,
-    setting: list[str],
-    best: dict[str, str],
-    jobs: int,
-    seeds: range = SEEDS,
-    favor_hard: bool = True,
-) -> None:
-    """The best candidates on the reported seeds and games; favor_hard: with rl.favor_hard, too."""
+def report(experiment: str, setting: list[str], best: dict[str, str], jobs: int) -> None:
+    """The best candidates on the reported seeds and games, and the same with rl.favor_hard."""
     held_out = ["--data.eval_size", str(VALIDATION + TEST), *setting]
     base_name, commands = f"{experiment}/base", {}
-    for seed in seeds:
+    for seed in SEEDS:
         for arm, name in best.items():
             every = ["--eval.every", "75" if arm == "rloop" else str(STEPS)]
             if arm == "rl":  # longer: for equal tokens and equal time
@@ -134,7 +127,7 @@ def report(
             commands[f"{experiment}/{arm}/{seed}"] = command(overrides, seed)
     commands[base_name] = base_command(held_out)
     results = run_all(experiment, commands, jobs)
-    arms = {arm: [results[f"{experiment}/{arm}/{seed}"] for seed in seeds] for arm in best}
+    arms = {arm: [results[f"{experiment}/{arm}/{seed}"] for seed in SEEDS] for arm in best}
     rows = {"base": [r["evaluations"][0] for r in arms["rl"]]}
     names = {arm: f"{kind}, {best[arm]}" for arm, kind in NAMES.items()}
     rows[names["rl"]] = [at_steps(r, "rl") for r in arms["rl"]]
@@ -147,28 +140,27 @@ def report(
     rows["RLoop, after the last RL phase"] = [at_steps(r, "rl") for r in arms["rloop"]]
     rows[names["rloop"]] = loop_ends
     lines = [*table(rows, loop_ends), ""]
-    if favor_hard:
-        favored = favored_rows(experiment, held_out, best, jobs, seeds)
-        compared = {name: rows[name] for name in names.values()} | favored
-        lines += [*table(compared, [*favored.values()][-1]), ""]
-        rows |= favored
+    favored = favored_rows(experiment, held_out, best, jobs)
+    compared = {name: rows[name] for name in names.values()} | favored
+    lines += [*table(compared, [*favored.values()][-1]), ""]
+    rows |= favored
     publish(experiment, lines + strata_table(rows, results[base_name]["evaluations"][0]))
     draw(arms, common.RESULTS / f"{experiment}.png")
 
 
 def favored_rows(
-    experiment: str, held_out: list[str], best: dict[str, str], jobs: int, seeds: range
+    experiment: str, held_out: list[str], best: dict[str, str], jobs: int
 ) -> dict[str, list[dict]]:
     """Row of the table -> the ends of its runs with rl.favor_hard, of RLoop last."""
     commands, favoring = {}, best | BEST_FAVORING
-    for seed in seeds:
+    for seed in SEEDS:
         for arm, name in favoring.items():
             hard = [*CANDIDATES[arm][name], "--rl.favor_hard", "true", *held_out]
             commands[f"{experiment}/{arm}, hard/{seed}"] = command(hard, seed, *ENDS)
     results = run_all(experiment, commands, jobs)
     return {
         f"{NAMES[arm]}, {name}, favors hard problems": [
-            at_steps(results[f"{experiment}/{arm}, hard/{seed}"], FINAL[arm]) for seed in seeds
+            at_steps(results[f"{experiment}/{arm}, hard/{seed}"], FINAL[arm]) for seed in SEEDS
         ]
         for arm, name in favoring.items()
     }

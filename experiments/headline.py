@@ -115,9 +115,10 @@ def search(experiment: str, setting: list[str], jobs: int) -> dict[str, str]:
 
 
 def report(experiment: str, setting: list[str], best: dict[str, str], jobs: int) -> None:
-    """The best candidates on the reported seeds and games, and the same with rl.favor_hard."""
+    """The best candidates on the reported seeds and games."""
+    favoring = best | BEST_FAVORING  # with the option rl.favor_hard, beside the paper's method
+    commands = {}
     held_out = ["--data.eval_size", str(VALIDATION + TEST), *setting]
-    base_name, commands = f"{experiment}/base", {}
     for seed in SEEDS:
         for arm, name in best.items():
             every = ["--eval.every", "75" if arm == "rloop" else str(STEPS)]
@@ -125,7 +126,8 @@ def report(experiment: str, setting: list[str], best: dict[str, str], jobs: int)
                 every = ["--eval.every", "25", "--rl.steps", str(LONGER // 4)]
             overrides = [*CANDIDATES[arm][name], *held_out, *every]
             commands[f"{experiment}/{arm}/{seed}"] = command(overrides, seed)
-    commands[base_name] = base_command(held_out)
+            hard = [*CANDIDATES[arm][favoring[arm]], "--rl.favor_hard", "true", *held_out]
+            commands[f"{experiment}/{arm}, hard/{seed}"] = command(hard, seed, *ENDS)
     results = run_all(experiment, commands, jobs)
     arms = {arm: [results[f"{experiment}/{arm}/{seed}"] for seed in SEEDS] for arm in best}
     rows = {"base": [r["evaluations"][0] for r in arms["rl"]]}
@@ -139,31 +141,15 @@ def report(experiment: str, setting: list[str], best: dict[str, str], jobs: int)
     rows[names["rft"]] = [at_steps(r, "rft") for r in arms["rft"]]
     rows["RLoop, after the last RL phase"] = [at_steps(r, "rl") for r in arms["rloop"]]
     rows[names["rloop"]] = loop_ends
-    lines = [*table(rows, loop_ends), ""]
-    favored = favored_rows(experiment, held_out, best, jobs)
+    hard = {arm: [results[f"{experiment}/{arm}, hard/{seed}"] for seed in SEEDS] for arm in best}
+    ends = {arm: [at_steps(r, FINAL[arm]) for r in hard[arm]] for arm in best}
+    favored = {f"{NAMES[a]}, {favoring[a]}, favors hard problems": ends[a] for a in best}
     compared = {name: rows[name] for name in names.values()} | favored
-    lines += [*table(compared, [*favored.values()][-1]), ""]
-    rows |= favored
-    publish(experiment, lines + strata_table(rows, results[base_name]["evaluations"][0]))
+    lines = [*table(rows, loop_ends), "", *table(compared, ends["rloop"]), ""]
+    name = f"{experiment}/base"
+    base = run_all(experiment, {name: base_command(held_out)}, jobs)[name]["evaluations"][0]
+    publish(experiment, lines + strata_table(rows | favored, base))
     draw(arms, common.RESULTS / f"{experiment}.png")
-
-
-def favored_rows(
-    experiment: str, held_out: list[str], best: dict[str, str], jobs: int
-) -> dict[str, list[dict]]:
-    """Row of the table -> the ends of its runs with rl.favor_hard, of RLoop last."""
-    commands, favoring = {}, best | BEST_FAVORING
-    for seed in SEEDS:
-        for arm, name in favoring.items():
-            hard = [*CANDIDATES[arm][name], "--rl.favor_hard", "true", *held_out]
-            commands[f"{experiment}/{arm}, hard/{seed}"] = command(hard, seed, *ENDS)
-    results = run_all(experiment, commands, jobs)
-    return {
-        f"{NAMES[arm]}, {name}, favors hard problems": [
-            at_steps(results[f"{experiment}/{arm}, hard/{seed}"], FINAL[arm]) for seed in SEEDS
-        ]
-        for arm, name in favoring.items()
-    }
 
 
 def base_command(held_out: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""headline.py with 1,600 training games instead of 400: the search, and the report."""
+"""headline.py with 1,600 training games instead of 400: the search and the report."""
 
 from experiments import common, headline
 

@@ -54,7 +54,7 @@ class Processes:
         self.folder = tempfile.TemporaryDirectory()
 
         def body(rank: int) -> None:
-            os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+            os.environ["WORLD_SIZE"] = str(number)
             store = dist.FileStore(f"{self.folder.name}/store", number)
             dist.init_process_group = functools.partial(
                 dist.init_process_group, store=store, rank=rank, world_size=number
